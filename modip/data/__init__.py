@@ -1,0 +1,1 @@
+"""Data sets: the Parquet episode schema and one small file per source."""

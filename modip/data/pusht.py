@@ -1,0 +1,29 @@
+"""Human PushT demonstrations: recorded states and absolute pixel targets to what the env takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from modip.data import episodes
+from modip.data.episodes import Episodes
+from modip.data.sources import PushTSource
+from modip.envs import pusht
+from modip.errors import UserError
+
+
+def convert(dataset: str, config: PushTSource, path: Path, sha256: str) -> Episodes:
+    """Reads the recording and gives features and agent-relative actions."""
+    raw = episodes.read(path, path=Path(config.path))
+    shape = (raw.observation.shape[1], raw.action.shape[1])
+    if shape != (5, 2):
+        raise UserError(
+            f"{config.path}: observation and action have {shape[0]} and {shape[1]} numbers; PushT "
+            "recordings have 5 (agent xy, block xy, angle) and 2 (target xy)"
+        )
+    return replace(
+        raw,
+        info=replace(raw.info, dataset=dataset, sha256=sha256),
+        observation=pusht.features(raw.observation),
+        action=pusht.relative_action(raw.action, raw.observation[:, :2]),
+    )

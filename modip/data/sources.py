@@ -1,0 +1,53 @@
+"""Where a data set comes from: one entry of the `data` section of params.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Source(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    env: str = Field(min_length=1, description="Gymnasium id of the environment")
+
+
+class _Scripted(_Source):
+    episodes: int = Field(ge=1, le=100_000, description="demonstrations to collect")
+    noise: float = Field(ge=0.0, le=5.0, description="how badly it demonstrates; 0 is its best")
+    seed: int = Field(ge=0, le=2**31 - 1, description="seed of the demonstrator and its starts")
+
+
+class FetchSource(_Scripted):
+    """Demonstrations collected here, by a scripted and noisy waypoint controller."""
+
+    source: Literal["fetch"] = Field(description="scripted pick-and-place demonstrator")
+    env: Literal["FetchPickAndPlace-v4"] = Field(description="the one task it can do")
+
+
+class ToySource(_Scripted):
+    """Demonstrations of the toy task, collected here: go to the goal, with noise."""
+
+    source: Literal["toy"] = Field(description="scripted toy demonstrator")
+    env: Literal["modip/Toy-v0"] = Field(description="the one task it can do")
+
+
+class PushTSource(_Source):
+    """Human PushT demonstrations: state observations in pixels, absolute pixel targets."""
+
+    source: Literal["pusht"] = Field(description="human PushT demonstrations")
+    env: Literal["gym_pusht/PushT-v0"] = Field(description="their environment")
+    path: str = Field(min_length=1, description="Parquet file with the recorded states")
+
+
+class ParquetSource(_Source):
+    """A Parquet file in the episode schema; observations and actions in the env's own units."""
+
+    source: Literal["parquet"] = Field(description="a Parquet file in the episode schema")
+    path: str = Field(min_length=1, description="the Parquet file")
+
+
+SourceConfig = Annotated[
+    FetchSource | ToySource | PushTSource | ParquetSource, Field(discriminator="source")
+]

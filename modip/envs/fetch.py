@@ -1,0 +1,63 @@
+"""FetchPickAndPlace and its sisters: a robot arm, a cube, a goal; the reward is time at the goal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from modip.envs.family import Adapter, Array, Family
+
+
+class _FetchAdapter(Adapter):
+    """Observation: the robot's and the cube's state, then the way from the cube to the goal."""
+
+    def observe(self, raw: Any) -> Array:
+        way = raw["desired_goal"] - raw["achieved_goal"]
+        return np.concatenate((raw["observation"], way)).astype(np.float32)
+
+    def outcome(self, reward: float, terminated: bool, info: dict[str, Any]) -> tuple[float, bool]:
+        # The environment's -1 away from the goal and 0 at it, moved by one: the return
+        # counts the steps at the goal.
+        return reward + 1.0, at_goal(reward + 1.0, terminated)
+
+
+def at_goal(reward: float, terminated: bool) -> bool:
+    """Whether the cube is at its goal, told from the step's reward (1 there, 0 elsewhere)."""
+    return reward > 0.5
+
+
+def register() -> None:
+    """Makes the ids of gymnasium-robotics known to Gymnasium."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        # Its import prints news about the Adroit environments to stderr.
+        import gymnasium_robotics
+
+    gymnasium.register_envs(gymnasium_robotics)
+
+
+def make(env_id: str, render_mode: str | None) -> Adapter:
+    """One Fetch environment of 50 steps."""
+    register()
+    env = gymnasium.make(env_id, disable_env_checker=True, render_mode=render_mode)
+    space = env.observation_space
+    assert isinstance(space, gymnasium.spaces.Dict)
+    parts = (space["observation"].shape, space["desired_goal"].shape)
+    return _FetchAdapter(env, sum(shape[0] for shape in parts if shape), has_success=True)
+
+
+FAMILY = Family(
+    # The sparse forms only: in the dense ones the return does not count steps at the goal.
+    matches=lambda env_id: (
+        re.fullmatch(r"Fetch(PickAndPlace|Push|Slide|Reach)-v4", env_id) is not None
+    ),
+    make=make,
+    packages=("gymnasium-robotics", "mujoco"),
+    reward_note="1 for each of 50 steps at the goal; success: at the goal at the last step",
+    success_at_end=at_goal,
+    renders_with_gl=True,
+)
