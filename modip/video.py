@@ -1,0 +1,38 @@
+"""Frames to an mp4 file, with the encoder that imageio-ffmpeg brings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modip.errors import UserError
+
+
+def write(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> None:
+    """Writes RGB frames (height, width, 3), all of one size, as H.264, whole or not at all.
+
+    Odd heights and widths lose their last row or column (the encoding needs even ones).
+    Raises UserError where the file cannot be written.
+    """
+    import imageio.v2 as imageio
+
+    height, width = (size - size % 2 for size in frames[0].shape[:2])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part.mp4")
+    try:
+        with imageio.get_writer(
+            temporary, format="FFMPEG", fps=fps, codec="libx264", macro_block_size=1, quality=7
+        ) as writer:
+            for frame in frames:
+                writer.append_data(frame[:height, :width])
+        temporary.replace(path)
+    except OSError as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise UserError(
+            f"{path}: the video cannot be written: {reason}; free disk space"
+        ) from problem
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,58 @@
+"""Turns a source into episodes: flat observations, actions in [-1, 1], checked and described.
+
+Writes data/episodes/DATASET.parquet and DATASET.json, its statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from modip.config import Params
+from modip.data import episodes, parquet, pusht
+from modip.errors import UserError
+from pipeline import stage
+from pipeline.download import RAW
+
+log = logging.getLogger(__name__)
+EPISODES = Path("data/episodes")
+
+
+def body(args: argparse.Namespace, params: Params) -> None:
+    """One data set."""
+    source = params.data[args.dataset]
+    raw = RAW / args.dataset / "source.parquet"
+    record = raw.with_name("source.json")
+    if not record.is_file():
+        raise UserError(f"{record}: no such file; run pipeline.download first (or `dvc repro`)")
+    sha256 = json.loads(record.read_text())["sha256"]
+    if source.source == "pusht":
+        found = pusht.convert(args.dataset, source, raw, sha256)
+    elif source.source == "parquet":
+        found = parquet.convert(args.dataset, source, raw, sha256)
+    else:
+        scripted = episodes.read(raw)
+        found = replace(scripted, info=replace(scripted.info, sha256=sha256))
+    target = EPISODES / f"{args.dataset}.parquet"
+    episodes.write(target, found)
+    facts = episodes.statistics(found)
+    text = json.dumps(facts, indent=2) + "\n"
+    episodes.write_atomically(target.with_suffix(".json"), lambda path: path.write_text(text))
+    success = facts["success_rate"]
+    log.info(
+        "%s: %d episodes, %d steps, return %.4g ± %.4g, %s",
+        args.dataset,
+        facts["episodes"],
+        facts["steps"],
+        facts["return_mean"],
+        facts["return_std"],
+        "success unknown" if success is None else f"success {success:.2f}",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(stage.run(stage.parser(__doc__, "dataset"), body))
