@@ -50,7 +50,7 @@ class Tracker:
             )
         self._file.truncate(sum(map(len, kept)))
         self._rows = rows
-        self._wandb = _wandb_run(name, path.parent)
+        self._wandb = _wandb_run(name)
 
     @property
     def rows(self) -> int:
@@ -95,7 +95,7 @@ class Tracker:
         self.close()
 
 
-def _wandb_run(name: str, directory: Path) -> Any:
+def _wandb_run(name: str) -> Any:
     mode = os.environ.get("MODIP_WANDB", "")
     if not mode:
         return None
@@ -107,16 +107,18 @@ def _wandb_run(name: str, directory: Path) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb
-
+    except ImportError:
+        log.warning("Weights & Biases is off for this run: pip install wandb")
+        return None
+    try:
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "modip"),
             name=name,
             id=name.replace("/", "-"),
             resume="allow",
             mode=mode,
-            dir=str(directory),
             settings=wandb.Settings(init_timeout=30),
         )
-    except Exception as error:  # noqa: BLE001  not installed, no account, no network: the run goes on
-        log.warning("Weights & Biases is off for this run: %s (pip install 'modip[wandb]'?)", error)
+    except Exception as error:  # noqa: BLE001  no account, no network: the run goes on
+        log.warning("Weights & Biases is off for this run: %s", error)
         return None
