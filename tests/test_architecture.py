@@ -21,8 +21,8 @@ LAYERS = [
     {"diffusion", "critics", "world_model", "envs"},
     {"data"},
     {"replay"},
-    {"imagination", "parts"},
-    {"loops", "agents"},
+    {"imagination", "parts", "artifacts"},
+    {"loops", "agents", "pretraining"},
     {""},  # modip/__init__.py: the interface
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
