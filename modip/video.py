@@ -23,11 +23,15 @@ def write(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part.mp4")
     try:
-        with imageio.get_writer(
-            temporary, format="FFMPEG", fps=fps, codec="libx264", macro_block_size=1, quality=7
-        ) as writer:
-            for frame in frames:
-                writer.append_data(frame[:height, :width])
+        imageio.mimwrite(
+            temporary,
+            [frame[:height, :width] for frame in frames],
+            format="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            macro_block_size=1,
+            quality=7,
+        )
         temporary.replace(path)
     except OSError as problem:
         reason = str(problem).strip().splitlines()[0]

@@ -56,8 +56,13 @@ class BatchedEnv:
     """B copies of one environment, stepped in turn; episodes begin only in `reset`."""
 
     def __init__(self, env_id: str, num_envs: int, render: bool = False) -> None:
-        if render and family(env_id).renders_with_gl:
-            os.environ.setdefault("MUJOCO_GL", _gl_backend() or "egl")
+        if render:
+            missing = video_support(env_id)
+            if missing is not None:
+                raise UserError(missing)
+            backend = _gl_backend() if family(env_id).renders_with_gl else None
+            if backend is not None:
+                os.environ["MUJOCO_GL"] = backend
         mode = "rgb_array" if render else None
         self._envs = [make(env_id, mode) for _ in range(num_envs)]
         env = self._envs[0]
@@ -180,6 +185,9 @@ def family(env_id: str) -> Family:
 
 def make(env_id: str, render_mode: str | None = None) -> Adapter:
     """One environment. Raises UserError for an id that nothing registers."""
+    # With MUJOCO_GL set but its library missing, even importing mujoco fails. It is needed for
+    # pictures only, and read again when the first is drawn.
+    chosen = None if render_mode else os.environ.pop("MUJOCO_GL", None)
     try:
         return family(env_id).make(env_id, render_mode)
     except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as problem:
@@ -191,6 +199,9 @@ def make(env_id: str, render_mode: str | None = None) -> Adapter:
             f"env {env_id}: no such environment is registered; {hint} (an environment of your "
             f'own: "module:id", where importing module registers id). {problem}'
         ) from problem
+    finally:
+        if chosen is not None:
+            os.environ["MUJOCO_GL"] = chosen
 
 
 @functools.cache

@@ -1,0 +1,3 @@
+"""The agents, written out."""
+
+AGENTS = ("bc", "modip")

@@ -1,0 +1,236 @@
+"""MODIP (El Asri, Gratias-Quiquandon, Thome, Sigaud 2026, arXiv 2606.10825): plan, act, learn, distil.
+
+Acts with an MPPI plan in the world model, with the policy's own chunks among the candidates and V(z) at the end.
+Learns the model and the critics from offline and online data, on targets that no policy action enters. Distils what
+was planned and executed into the diffusion policy with its ordinary denoising loss. No gradient passes the chain.
+
+Deviations from the paper's description, each with its reason: the latent is the normalised observation by default
+(faster and as good on low-dimensional states); the distilled data are the freshest, since batches of all ages never
+let the policy follow the planner; the run ends with a distillation of the final, frozen planner; the averaged
+weights of model and critics plan, which takes the wobble out of few-data online learning.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modip import mppi
+from modip.config import Cell
+from modip.critics import Critics
+from modip.diffusion import DiffusionPolicy
+from modip.imagination import planned_return
+from modip.nets import Learner
+from modip.parts import learner, update_critics, update_model, update_policy
+from modip.replay import Replay, concat
+from modip.types import ChunkStep, Metrics, Plan, State, Window
+from modip.world_model import WorldModel
+
+
+@torch.no_grad()
+def plan(
+    obs: Tensor, policy: DiffusionPolicy, model: WorldModel, critics: Critics, cell: Cell, generator: torch.Generator
+) -> Plan:
+    """Plan for B observations (B, Do): the policy's chunks are denoised once, in one batch, outside the search."""
+    config, b = cell.mppi, obs.shape[0]
+    h, action_dim = config.horizon, policy.shape[1]
+    latent = model.encode(obs)
+    if config.prior == "diffusion":
+        chunks = policy.sample(obs.repeat_interleave(config.prior_samples, 0), generator)
+        prior = chunks.view(b, config.prior_samples, *policy.shape)[:, :, :h]
+        mean, std = prior.mean(1), prior.std(1, correction=0).clamp(config.min_std, config.max_std)
+    else:
+        shape = (b, config.prior_samples, h, action_dim)
+        prior = (config.max_std * torch.randn(shape, generator=generator, device=obs.device)).clamp(-1, 1)
+        mean, std = prior.new_zeros(b, h, action_dim), prior.new_full((b, h, action_dim), config.max_std)
+    candidates = prior
+    if config.perturbed_samples:
+        pick = torch.arange(config.perturbed_samples, device=obs.device) % config.prior_samples
+        copies = prior[:, pick]
+        noise = torch.randn(copies.shape, generator=generator, device=obs.device)
+        candidates = torch.cat([prior, (copies + config.perturbation * noise).clamp(-1.0, 1.0)], 1)
+
+    def first_action(at: Tensor) -> Tensor:
+        return policy.sample(at, generator)[:, 0]
+
+    terminal = first_action if config.terminal_value == "policy_action_value" else None
+
+    def value(action: Tensor) -> Tensor:
+        members = planned_return(model, critics, latent, action, cell.critics.discount, terminal)
+        return members.mean(0) - config.penalty * members.std(0, correction=0)
+
+    return mppi.plan(value, candidates, mean, std, config, generator)
+
+
+class Modip:
+    """The online agent over pre-trained (or fresh) parts; `demos` stays in every batch by its shares."""
+
+    def __init__(
+        self, policy: DiffusionPolicy, model: WorldModel, critics: Critics, cell: Cell, demos: Replay, *, seed: int
+    ) -> None:
+        config = cell.modip
+        self.cell, self.config, self.demos = cell, config, demos
+        self.policy_learner: Learner[DiffusionPolicy] = learner(
+            policy, cell.diffusion, lr=config.policy_lr, num_updates=config.num_policy_updates
+        )
+        self.model = learner(model, cell.world_model, lr=config.model_lr, num_updates=0)
+        self.critics = learner(critics, cell.critics, lr=config.critic_lr, num_updates=0)
+        device = demos.table.device
+        # Every chunk takes at least one step of each environment, so this many chunks spend the budget.
+        capacity = -(-config.env_steps // config.num_envs) * cell.chunk.act_steps
+        self.replay = Replay(config.num_envs, capacity, demos.obs_dim, demos.action_dim, device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.env_steps = 0
+        self.debt = {"model": 0.0, "critic": 0.0, "policy": 0.0}
+        self.keep_above = -torch.inf
+        ring = max(1, config.fresh_steps // (cell.chunk.act_steps * config.num_envs)) * config.imagined_states
+        self.imagined_obs = torch.zeros(ring, demos.obs_dim, device=device)
+        self.imagined_chunk = torch.zeros(ring, *policy.shape, device=device)
+        self.imagined = 0  # plans ever written to the ring
+
+    def policy(self, obs: Tensor, generator: torch.Generator) -> Tensor:
+        policy = self.policy_learner.ema
+        return policy.sample(obs, generator)[:, : policy.act_steps]
+
+    def planner(self, obs: Tensor, generator: torch.Generator) -> Tensor:
+        """The plan's executed part, without exploration: (B, Do) -> (B, Ta, Da)."""
+        return self.plan(obs, generator).chunk[:, : self.cell.chunk.act_steps]
+
+    def plan(self, obs: Tensor, generator: torch.Generator) -> Plan:
+        return plan(obs, self.policy_learner.ema, self.model.ema, self.critics.ema, self.cell, generator)
+
+    def act(self, obs: Tensor, generator: torch.Generator, *, explore: bool) -> Tensor:
+        """(B, Do) -> (B, Ta, Da); with `explore`, also plans for imagined states and adds exploration noise."""
+        if not self.config.planning:
+            return self.policy(obs, generator)
+        b = obs.shape[0]
+        if explore and self.config.imagined_share > 0:
+            obs = torch.cat([obs, self._states(self.config.imagined_states)])
+        chunk = self.plan(obs, generator).chunk
+        if explore and len(chunk) > b:
+            self._remember(obs[b:], chunk[b:])
+        chunk = chunk[:b, : self.cell.chunk.act_steps]
+        if explore and self.config.explore_std > 0:
+            noise = torch.randn(chunk.shape, generator=generator, device=chunk.device)
+            chunk = (chunk + self.config.explore_std * noise).clamp(-1.0, 1.0)
+        return chunk
+
+    def _states(self, size: int) -> Tensor:
+        """States to imagine from: demonstrated ones at first, then half of them fresh."""
+        fresh = size // 2 if self.env_steps else 0
+        parts = [self.demos.table[self.demos.sample_rows(size - fresh, self.generator)]]
+        if fresh:
+            parts.append(self.replay.table[self.replay.sample_rows(fresh, self.generator, self._fresh_rows)])
+        return torch.cat(parts)[:, : self.demos.obs_dim]
+
+    def _remember(self, obs: Tensor, chunk: Tensor) -> None:
+        size = len(self.imagined_obs)
+        slot = (self.imagined + torch.arange(len(obs), device=obs.device)) % size
+        self.imagined_obs[slot] = obs
+        self.imagined_chunk[slot, : chunk.shape[1]] = chunk
+        self.imagined += len(obs)
+
+    @property
+    def _fresh_rows(self) -> int:
+        return max(1, self.config.fresh_steps // self.config.num_envs)
+
+    @property
+    def frozen(self) -> bool:
+        """True in the final phase: model and critics rest, and the planner's chunks are collected."""
+        return self.env_steps >= self.config.env_steps - self.config.final_env_steps
+
+    def observe(self, step: ChunkStep) -> None:
+        config = self.config
+        learning = not self.frozen
+        self.replay.append(step._replace(reward=step.reward + self.cell.critics.reward_offset))
+        self.env_steps += step.env_steps
+        if learning:
+            self.debt["model"] += config.model_updates * step.env_steps
+            self.debt["critic"] += config.critic_updates * step.env_steps
+            self.debt["policy"] += config.policy_updates * step.env_steps
+        if self.env_steps >= config.env_steps:
+            self.debt["policy"] += config.final_updates
+        self._refresh_filter()
+
+    def _refresh_filter(self) -> None:
+        if self.config.keep >= 1.0:
+            return
+        returns = self.replay.episode_return.view(self.config.num_envs, -1)
+        fresh = torch.cat([
+            row[max(0, n - self._fresh_rows) : n] for row, n in zip(returns, self.replay.filled.tolist(), strict=True)
+        ])  # fmt: skip
+        known = fresh[~fresh.isnan()]
+        if len(known):
+            self.keep_above = float(known.quantile(1.0 - self.config.keep))
+
+    def update(self) -> Metrics:
+        for part in ("model", "critic", "policy"):
+            if self.debt[part] >= 1.0:
+                self.debt[part] -= 1.0
+                match part:
+                    case "model":
+                        window = self._mixed(self.cell.world_model.batch_size, self.cell.world_model.loss_horizon + 1)
+                        return update_model(self.model, window)
+                    case "critic":
+                        window = self._mixed(self.cell.critics.batch_size, self.cell.critics.n_step + 1)
+                        return update_critics(
+                            self.critics, self.model.ema, window, self.cell.critics, self.policy_learner.ema, self.generator
+                        )  # fmt: skip
+                    case "policy":
+                        return update_policy(self.policy_learner, self._targets(), self.generator)
+        return {}
+
+    def _mixed(self, size: int, length: int) -> Window:
+        """Windows of the data set and of the online stream, by `offline_share`."""
+        offline = round(size * self.config.offline_share)
+        return concat(
+            self.demos.window(self.demos.sample_rows(offline, self.generator), length),
+            self.replay.window(self.replay.sample_rows(size - offline, self.generator), length),
+        )
+
+    @property
+    def demo_share(self) -> float:
+        share = self.config.demo_share
+        online = max(1, self.config.env_steps - self.config.final_env_steps)
+        return share.start + (share.end - share.start) * min(self.env_steps / online, 1.0)
+
+    def _targets(self) -> Window:
+        """What the policy imitates: demonstrations, imagined plans, and fresh executed chunks that paid."""
+        size, horizon = self.cell.diffusion.batch_size, self.cell.chunk.horizon
+        demos = round(size * self.demo_share)
+        planned = round((size - demos) * self.config.imagined_share) if self.imagined else 0
+        executed = size - demos - planned
+        rows = self.replay.sample_rows(executed, self.generator, self._fresh_rows)
+        window = self.replay.window(rows, horizon)
+        paid = ~(self.replay.episode_return[rows] < self.keep_above)  # a running episode (NaN) counts
+        window = window._replace(mask=window.mask * paid.float().unsqueeze(1))
+        if demos:
+            window = concat(window, self.demos.window(self.demos.sample_rows(demos, self.generator), horizon))
+        if planned:
+            known = min(self.imagined, len(self.imagined_obs))
+            pick = torch.randint(known, (planned,), generator=self.generator, device=window.obs.device)
+            obs = self.imagined_obs[pick].unsqueeze(1).expand(-1, horizon, -1)
+            mask = (torch.arange(horizon, device=pick.device) < self.cell.mppi.horizon).float().expand(planned, -1)
+            zeros = torch.zeros_like(mask)
+            window = concat(window, Window(obs, self.imagined_chunk[pick], zeros, zeros, mask))
+        return window
+
+    def state_dict(self) -> State:
+        return {
+            "policy": self.policy_learner.state_dict(), "model": self.model.state_dict(),
+            "critics": self.critics.state_dict(), "replay": self.replay.state_dict(),
+            "generator": self.generator.get_state(), "env_steps": self.env_steps, "debt": dict(self.debt),
+            "keep_above": self.keep_above, "imagined": self.imagined,
+            "imagined_obs": self.imagined_obs, "imagined_chunk": self.imagined_chunk,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        self.policy_learner.load_state_dict(state["policy"])
+        self.model.load_state_dict(state["model"])
+        self.critics.load_state_dict(state["critics"])
+        self.replay.load_state_dict(state["replay"])
+        self.generator.set_state(state["generator"])
+        self.env_steps, self.debt = state["env_steps"], dict(state["debt"])
+        self.keep_above, self.imagined = state["keep_above"], state["imagined"]
+        self.imagined_obs.copy_(state["imagined_obs"])
+        self.imagined_chunk.copy_(state["imagined_chunk"])

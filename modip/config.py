@@ -1,0 +1,338 @@
+"""params.yaml as one typed tree: strict, frozen, no default in code, every error named before any work.
+
+A section is `{base: {...}, by_dataset: {id: {...}}}`: the values of a cell are `base` overridden by its data set's
+own. So changing one data set's value makes that data set's cells stale, and no other.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML, YAMLError
+
+from modip.data.sources import SourceConfig
+from modip.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A frozen part of the tree; an unknown key or a wrong type is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RuntimeConfig(Section):
+    """How to run; changes no result's meaning, so no stage depends on it."""
+
+    device: str = Field(description="torch device: cpu or cuda, or cuda:1")
+    threads: Count = Field(description="CPU threads of one stage")
+    checkpoint_seconds: Positive = Field(description="seconds between two resumable states")
+
+
+class ChunkConfig(Section):
+    """The policy's action chunks."""
+
+    horizon: Count = Field(description="H, actions predicted at once")
+    act_steps: Count = Field(description="Ta, actions executed before the next decision")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.act_steps > self.horizon:
+            raise ValueError(
+                f"act_steps {self.act_steps} exceeds horizon {self.horizon}: execute at most the whole chunk"
+            )
+        return self
+
+
+class DiffusionConfig(Section):
+    """The diffusion policy and its behaviour cloning."""
+
+    prediction: Literal["sample", "epsilon", "v"] = Field(description="what the network outputs: x0, noise, or v")
+    denoising_steps: Count = Field(description="K, steps of the training schedule")
+    sampling_steps: Count = Field(description="steps used to sample, at most denoising_steps")
+    eta: Share = Field(description="1 = ancestral sampling, 0 = deterministic DDIM")
+    width: Count = Field(description="units per layer")
+    blocks: Count = Field(description="residual blocks")
+    updates: Count = Field(description="BC gradient steps")
+    batch_size: Count = Field(description="chunks per update")
+    lr: Positive = Field(description="AdamW rate, decayed to a tenth by a cosine")
+    weight_decay: NonNegative = Field(description="AdamW weight decay")
+    grad_clip: Positive = Field(description="largest gradient norm")
+    ema_decay: Share = Field(description="memory of the averaged weights that act")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.sampling_steps > self.denoising_steps:
+            raise ValueError(
+                f"sampling_steps {self.sampling_steps} exceeds denoising_steps {self.denoising_steps}: lower it"
+            )
+        return self
+
+
+class WorldModelConfig(Section):
+    """The world model and its pre-training."""
+
+    encoder: Literal["identity", "simnorm"] = Field(description="latent: normalised observation, or learned")
+    latent_dim: Annotated[int, Field(ge=8, multiple_of=8)] = Field(description="Dz of simnorm")
+    ensemble: Count = Field(description="members")
+    width: Count = Field(description="units per layer")
+    layers: Count = Field(description="hidden layers")
+    loss_horizon: Count = Field(description="steps predicted in the loss")
+    rho: Share = Field(description="weight of a step relative to the one before")
+    dynamics_coef: NonNegative = Field(description="weight of the latent's error")
+    reward_coef: NonNegative = Field(description="weight of the reward's error")
+    end_coef: NonNegative = Field(description="weight of the termination's error")
+    updates: Count = Field(description="offline gradient steps")
+    batch_size: Count = Field(description="windows per update")
+    lr: Positive = Field(description="AdamW rate")
+    weight_decay: NonNegative = Field(description="AdamW weight decay")
+    grad_clip: Positive = Field(description="largest gradient norm")
+    ema_decay: Share = Field(description="memory of the averaged weights that plan")
+
+
+class CriticsConfig(Section):
+    """Q and V and their pre-training."""
+
+    ensemble: Count = Field(description="pairs of Q and V; a multiple of world_model.ensemble")
+    width: Count = Field(description="units per layer")
+    layers: Count = Field(description="hidden layers")
+    td_target: Literal["state_value", "policy_action"] = Field(
+        description="bootstrap: V(s'), or Q(s', a') with a' sampled from the policy (ablation)"
+    )
+    n_step: Count = Field(description="rewards summed before the bootstrap")
+    expectile: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="of Q that V learns")
+    discount: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="per environment step")
+    reward_offset: float = Field(description="added to each reward before learning (a cost of time)")
+    updates: Count = Field(description="offline gradient steps")
+    batch_size: Count = Field(description="windows per update")
+    lr: Positive = Field(description="AdamW rate")
+    weight_decay: NonNegative = Field(description="AdamW weight decay")
+    grad_clip: Positive = Field(description="largest gradient norm")
+    ema_decay: Share = Field(description="memory of the target networks, which also plan")
+
+
+class MPPIConfig(Section):
+    """The planner."""
+
+    horizon: Count = Field(description="h, planned steps, at most chunk.horizon")
+    prior_samples: Count = Field(description="chunks of the prior among the candidates")
+    perturbed_samples: Annotated[int, Field(ge=0)] = Field(description="noisy copies of them")
+    perturbation: NonNegative = Field(description="std of that noise")
+    samples: Annotated[int, Field(ge=0)] = Field(description="Gaussian draws per round; 0 = best of the candidates")
+    iterations: Annotated[int, Field(ge=0)] = Field(description="rounds of Gaussian refinement")
+    elites: Count = Field(description="sequences kept per round")
+    temperature: Positive = Field(description="divides the standardised value of the elites")
+    min_std: Positive = Field(description="smallest spread of the Gaussians")
+    max_std: Positive = Field(description="largest spread of the Gaussians")
+    penalty: NonNegative = Field(description="cost of one standard deviation of the members' disagreement")
+    selection: Literal["mean", "best"] = Field(description="execute the weighted mean or the best sequence")
+    terminal_value: Literal["state_value", "policy_action_value"] = Field(
+        description="V(z_h), or Q(z_h, a) with a sampled from the policy (ablation)"
+    )
+    prior: Literal["diffusion", "gaussian"] = Field(
+        description="candidates from the policy, or Gaussians around the warm start alone (ablation)"
+    )
+
+
+class DemoShareConfig(Section):
+    """Share of demonstrations in the policy's batches: linear from start to end over the online phase."""
+
+    start: Share
+    end: Share
+
+
+class ModipConfig(Section):
+    """The MODIP agent's online phase."""
+
+    planning: bool = Field(description="act with the plan; false = with the policy (ablation)")
+    offline_pretraining: bool = Field(description="start from the pre-trained parts; false = from scratch (ablation)")
+    env_steps: Count = Field(description="environment steps in all, the final distillation's included")
+    num_envs: Count = Field(description="environments stepped together")
+    explore_std: NonNegative = Field(description="Gaussian noise on executed plans")
+    model_updates: NonNegative = Field(description="world-model updates per environment step")
+    critic_updates: NonNegative = Field(description="critic updates per environment step")
+    policy_updates: NonNegative = Field(description="distillation updates per environment step")
+    model_lr: Positive = Field(description="online AdamW rate")
+    critic_lr: Positive = Field(description="online AdamW rate")
+    policy_lr: Positive = Field(description="online AdamW rate, decayed to a tenth by a cosine")
+    offline_share: Share = Field(description="share of the data set in model and critic batches")
+    demo_share: DemoShareConfig
+    imagined_share: Share = Field(description="share of imagined plans in the rest of the policy's batches")
+    imagined_states: Count = Field(description="states planned for per decision, for the imagined plans")
+    fresh_steps: Count = Field(description="age limit, in environment steps, of executed chunks and plans")
+    keep: Share = Field(description="share of fresh episodes, by real return, whose chunks are distilled")
+    final_env_steps: Annotated[int, Field(ge=0)] = Field(description="last steps, with the planner frozen")
+    final_updates: Annotated[int, Field(ge=0)] = Field(description="distillation updates after them")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.final_env_steps > self.env_steps:
+            raise ValueError(
+                f"final_env_steps {self.final_env_steps} exceeds env_steps {self.env_steps}: it is part of the budget"
+            )
+        return self
+
+    @property
+    def num_policy_updates(self) -> int:
+        """All the DP's gradient steps of the online phase: what the BC control gets too."""
+        return int(self.policy_updates * (self.env_steps - self.final_env_steps)) + self.final_updates
+
+
+class EvaluationConfig(Section):
+    """One evaluation for curves and for the final figures."""
+
+    episodes: Count = Field(description="final episodes per policy, with fixed seeds")
+    num_envs: Count = Field(description="environments stepped together")
+    first_seed: Annotated[int, Field(ge=0)] = Field(description="episode i starts from seed first_seed + i")
+    curve_points: Count = Field(description="evaluations along the online phase")
+    curve_episodes: Count = Field(description="episodes per policy and point of the curve")
+    videos: Annotated[int, Field(ge=0)] = Field(description="start states filmed before and after")
+
+
+class Cell(Section):
+    """Every value of one data set's runs."""
+
+    dataset: str
+    source: SourceConfig
+    runtime: RuntimeConfig
+    chunk: ChunkConfig
+    diffusion: DiffusionConfig
+    world_model: WorldModelConfig
+    critics: CriticsConfig
+    mppi: MPPIConfig
+    modip: ModipConfig
+    evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.mppi.horizon > self.chunk.horizon:
+            raise ValueError(
+                f"mppi.horizon {self.mppi.horizon} exceeds chunk.horizon {self.chunk.horizon}: the policy's chunks "
+                "must cover the plan; lower the one or raise the other"
+            )
+        if self.critics.ensemble % self.world_model.ensemble:
+            raise ValueError(
+                f"critics.ensemble {self.critics.ensemble} is not a multiple of world_model.ensemble "
+                f"{self.world_model.ensemble}: each critic judges the latents of one model member"
+            )
+        if self.mppi.terminal_value == "policy_action_value" and self.world_model.encoder == "simnorm":
+            raise ValueError(
+                "mppi.terminal_value policy_action_value needs world_model.encoder identity: the policy reads "
+                "observations, and a simnorm latent has none"
+            )
+        return self
+
+
+SECTIONS = ("chunk", "diffusion", "world_model", "critics", "mppi", "modip", "evaluation")
+
+
+class Params(Section):
+    """The whole of params.yaml, every data set's values checked."""
+
+    dataset: tuple[str, ...]
+    agent: tuple[str, ...]
+    seed: tuple[int, ...]
+    data: dict[str, SourceConfig]
+    cells: dict[str, Cell]
+
+    def cell(self, dataset: str) -> Cell:
+        """The values of one data set. Raises UserError for an unknown id."""
+        if dataset not in self.cells:
+            raise UserError(unknown("params.yaml: dataset", dataset, self.cells))
+        return self.cells[dataset]
+
+
+def unknown(what: str, value: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    """One line that names an unknown value, the nearest known one, and all of them."""
+    near = difflib.get_close_matches(value, list(known), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{what} {value!r} is unknown: {hint}choose one of {', '.join(known)}"
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if isinstance(base, dict) and isinstance(over, dict):
+        return {**base, **{k: _merge(base.get(k), v) for k, v in over.items()}}
+    return over
+
+
+def _describe(error: ValidationError, path: Path, where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(p) for p in (where, *first["loc"]) if p != "")
+    value = first["input"]
+    shown = "" if isinstance(value, dict | BaseModel) else f" (value {value!r})"
+    known = ""
+    if first["type"] == "extra_forbidden":
+        known = "; remove it or correct its spelling"
+    elif first["type"] == "missing":
+        known = "; add it"
+    return f"{path}: {field}{shown}: {first['msg']}{known}"
+
+
+def load(path: Path) -> Params:
+    """Read and check the whole tree. Raises UserError naming the file, the field, the value and the remedy."""
+    try:
+        tree = YAML(typ="safe", pure=True).load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from the project's root or give --params") from None
+    except YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    return build(tree, path)
+
+
+def build(tree: dict[str, Any], path: Path) -> Params:
+    """Check a tree read from `path`; see `load`."""
+    expected = ("dataset", "agent", "seed", "runtime", "data", *SECTIONS)
+    for key in tree:
+        if key not in expected:
+            raise UserError(unknown(f"{path}: section", str(key), expected))
+    for key in expected:
+        if key not in tree:
+            raise UserError(f"{path}: section {key!r} is missing; add it")
+    for key in ("dataset", "agent", "seed"):
+        if not isinstance(tree[key], list) or not tree[key]:
+            raise UserError(f"{path}: {key} (value {tree[key]!r}) must be a list, as in {key}: [{tree[key]}]")
+    if not isinstance(tree["data"], dict):
+        raise UserError(f"{path}: data must map data set ids to their sources")
+    for name in SECTIONS:
+        section = tree[name]
+        if not isinstance(section, dict) or set(section) != {"base", "by_dataset"}:
+            raise UserError(f"{path}: {name} must hold exactly `base` and `by_dataset`")
+        for dataset in section["by_dataset"]:
+            if dataset not in tree["data"]:
+                raise UserError(unknown(f"{path}: {name}.by_dataset", str(dataset), tree["data"]))
+        for dataset in tree["data"]:
+            if dataset not in section["by_dataset"]:
+                raise UserError(f"{path}: {name}.by_dataset lacks {dataset!r}; add `{dataset}: {{}}`")
+    cells = {}
+    for dataset, source in tree["data"].items():
+        values = {name: _merge(tree[name]["base"], tree[name]["by_dataset"][dataset] or {}) for name in SECTIONS}
+        cell = {"dataset": dataset, "source": source, "runtime": tree["runtime"], **values}
+        try:
+            cells[dataset] = Cell.model_validate(cell)
+        except ValidationError as error:
+            raise UserError(_describe(error, path, f"[{dataset}]")) from None
+    for dataset in tree["dataset"]:
+        if dataset not in cells:
+            raise UserError(unknown(f"{path}: dataset", str(dataset), cells))
+    try:
+        return Params.model_validate(
+            {
+                "dataset": tuple(tree["dataset"]),
+                "agent": tuple(tree["agent"]),
+                "seed": tuple(tree["seed"]),
+                "data": {name: cell.source for name, cell in cells.items()},
+                "cells": cells,
+            }
+        )
+    except ValidationError as error:
+        raise UserError(_describe(error, path, "")) from None

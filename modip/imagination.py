@@ -1,0 +1,43 @@
+"""What an action sequence is worth in the model: rewards on the way, the critics at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from modip.critics import Critics
+from modip.world_model import WorldModel
+
+ActionFn = Callable[[Tensor], Tensor]
+"""The policy's action at observations, (B, Do) -> (B, Da)."""
+
+
+def planned_return(
+    model: WorldModel,
+    critics: Critics,
+    latent: Tensor,
+    action: Tensor,
+    discount: float,
+    terminal_action: ActionFn | None = None,
+) -> Tensor:
+    """Discounted return of each critic member: latent (B, Dz), action (B, N, h, Da) -> (E, B, N).
+
+    sum_i discount^i alive_i r_i + discount^h alive_h V(z_h), where alive is the model's probability of no
+    termination. Critic member j judges the latents of model member j // (critics / model members), so the spread over
+    members covers both. With `terminal_action` the end is Q(z_h, a) instead (the paper's ablation): it costs one
+    denoising of every sequence.
+    """
+    b, n, h, da = action.shape
+    out = model.rollout(latent.repeat_interleave(n, 0), action.reshape(b * n, h, da))
+    copies = critics.ensemble // model.config.ensemble
+    end = out.latent.repeat_interleave(copies, 0)
+    if terminal_action is None:
+        value = critics.v(end)
+    else:
+        flat = terminal_action(model.decode(end.flatten(0, 1)))
+        value = critics.q(end, flat.view(*end.shape[:2], da))
+    weights = out.reward.new_tensor([discount**i for i in range(h)])
+    reward = (out.reward * out.alive[..., :-1]) @ weights
+    total = reward.repeat_interleave(copies, 0) + discount**h * out.alive[..., -1].repeat_interleave(copies, 0) * value
+    return total.view(-1, b, n)

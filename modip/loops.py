@@ -1,0 +1,160 @@
+"""The two loops, which know an agent only by its protocol: `Interaction`, and `evaluate` for every figure.
+
+Offline fitting is an interaction whose budget of environment steps is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modip.envs import BatchedEnv
+from modip.types import Agent, ChunkStep, Metrics, State
+
+ActFn = Callable[[Tensor, torch.Generator], Tensor]
+"""(B, Do) -> (B, Ta, Da), drawing its noise from the generator."""
+
+
+@torch.no_grad()
+def run_chunk(
+    env: BatchedEnv, chunk: Tensor, rows: Tensor, on_step: Callable[[Tensor], None] | None = None
+) -> tuple[ChunkStep, Tensor]:
+    """Execute chunk (R, Ta, Da) in the environments `rows` (R,); an episode that ends inside rests there.
+
+    Returns what they answered, and their success so far, (R,) bool. `on_step(rows)` follows each environment step.
+    """
+    count, length, _ = chunk.shape
+    obs, reward, terminated, truncated, mask = [], [], [], [], []
+    running = torch.ones(count, dtype=torch.bool)
+    success = torch.zeros(count, dtype=torch.bool)
+    for i in range(length):
+        mask.append(running)
+        obs.append(env.obs[rows].clone())
+        action = torch.zeros(len(env.obs), chunk.shape[2])
+        action[rows] = chunk[:, i]
+        result = env.step(action, rows[running])
+        reward.append(torch.where(running, result.reward[rows], 0.0))
+        terminated.append(result.terminated[rows] & running)
+        truncated.append(result.truncated[rows] & running)
+        success = torch.where(running, result.success[rows], success)
+        running = running & ~(terminated[-1] | truncated[-1])
+        if on_step is not None:
+            on_step(rows)
+    stacked = [torch.stack(x, 1) for x in (obs, reward, terminated, truncated, mask)]
+    return ChunkStep(stacked[0], chunk, *stacked[1:]), success
+
+
+@dataclass
+class Episodes:
+    """What an evaluation saw, one entry per episode, in the order of its seeds."""
+
+    returns: list[float]
+    success: list[bool]
+    lengths: list[int]
+    max_reward: list[float]
+
+
+@torch.no_grad()
+def evaluate(
+    act: ActFn,
+    env: BatchedEnv,
+    seeds: Sequence[int],
+    generator: torch.Generator,
+    *,
+    on_step: Callable[[Tensor], None] | None = None,
+    on_chunk: Callable[[int, Tensor, ChunkStep], None] | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> Episodes:
+    """One episode per seed, to its own end.
+
+    `on_step(rows)` follows each environment step (a camera), `on_chunk(first, rows, step)` each chunk of the batch
+    that begins with episode `first` (a recorder), and `on_done(n)` counts finished episodes.
+    """
+    batch = len(env.obs)
+    out = Episodes([0.0] * len(seeds), [False] * len(seeds), [0] * len(seeds), [-np.inf] * len(seeds))
+    for first in range(0, len(seeds), batch):
+        these = list(seeds[first : first + batch])
+        env.reset(range(len(these)), these)
+        rows = torch.arange(len(these))
+        while len(rows):
+            step, success = run_chunk(env, act(env.obs[rows], generator), rows, on_step)
+            if on_chunk is not None:
+                on_chunk(first, rows, step)
+            total = step.reward.sum(1).tolist()
+            peak = step.reward.masked_fill(~step.mask, -torch.inf).amax(1).tolist()
+            counts = step.mask.sum(1).tolist()
+            ended = (step.terminated | step.truncated).any(1)
+            for i, row in enumerate(rows.tolist()):
+                episode = first + row
+                out.returns[episode] += total[i]
+                out.lengths[episode] += counts[i]
+                out.max_reward[episode] = max(out.max_reward[episode], peak[i])
+                out.success[episode] = bool(success[i])
+            rows = rows[~ended]
+            if on_done is not None and bool(ended.any()):
+                on_done(int(ended.sum()))
+    return out
+
+
+class Interaction:
+    """An agent at work: acts when it has nothing to learn, learns when it has, until the budget is spent.
+
+    Between two calls of `advance` the whole is a state that can be saved and resumed exactly: the running episodes
+    are replayed from their seeds.
+    """
+
+    def __init__(self, agent: Agent, env: BatchedEnv | None, *, env_steps: int, seed: int) -> None:
+        """`env` may be None when `env_steps` is 0. Training episodes start from seeds of their own range."""
+        self.agent, self.env, self.budget = agent, env, env_steps
+        self.next_seed = 1_000_000 * (seed + 1)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.env_steps = 0
+        self.grad_steps = 0
+        if env is not None:
+            self._reset(range(len(env.obs)))
+
+    def _reset(self, rows: Sequence[int]) -> None:
+        assert self.env is not None
+        seeds = range(self.next_seed, self.next_seed + len(rows))
+        self.env.reset(rows, seeds)
+        self.next_seed += len(rows)
+
+    def advance(self) -> Metrics | None:
+        """One update, or one chunk in every environment; the update's metrics, {} after a chunk, None at the end."""
+        metrics = self.agent.update()
+        if metrics:
+            self.grad_steps += 1
+            return metrics
+        if self.env is None or self.env_steps >= self.budget:
+            return None
+        rows = torch.arange(len(self.env.obs))
+        chunk = self.agent.act(self.env.obs, self.generator, explore=True)
+        step, _ = run_chunk(self.env, chunk, rows)
+        self.env_steps += step.env_steps
+        self.agent.observe(step)
+        ended = (step.terminated | step.truncated).any(1).nonzero().flatten().tolist()
+        if ended:
+            self._reset(ended)
+        return {}
+
+    def state_dict(self) -> State:
+        return {
+            "agent": self.agent.state_dict(),
+            "env": None if self.env is None else self.env.state_dict(),
+            "generator": self.generator.get_state(),
+            "next_seed": self.next_seed,
+            "env_steps": self.env_steps,
+            "grad_steps": self.grad_steps,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.agent.load_state_dict(state["agent"])
+        if self.env is not None:
+            self.env.load_state_dict(state["env"])
+        self.generator.set_state(state["generator"])
+        self.next_seed = state["next_seed"]
+        self.env_steps, self.grad_steps = state["env_steps"], state["grad_steps"]

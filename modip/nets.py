@@ -1,0 +1,135 @@
+"""Networks: a residual denoiser, packed ensembles, and the optimiser that trains and averages one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modip.types import State
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Denoiser(nn.Module):
+    """Residual LayerNorm + SiLU network of (noisy chunk, denoising step, observation).
+
+    The denoising step enters as one learned bias row per step and the observation as one projection, so that
+    sampling computes the observation's part once for all K steps.
+    """
+
+    def __init__(self, obs_dim: int, chunk_dim: int, num_steps: int, width: int, blocks: int) -> None:
+        super().__init__()
+        self.inp = nn.Linear(chunk_dim, width)
+        self.obs = nn.Linear(obs_dim, width)
+        self.time = nn.Embedding(num_steps, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(blocks))
+        self.ups = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.downs = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.out = nn.Linear(width, chunk_dim)
+        nn.init.normal_(self.time.weight, std=0.5)
+        for down in self.downs:
+            nn.init.zeros_(down.weight)  # type: ignore[arg-type]
+
+    def condition(self, obs: Tensor) -> Tensor:
+        """(B, Do) -> (B, width)."""
+        return self.obs(obs)
+
+    def forward(self, x: Tensor, step: Tensor | int, condition: Tensor) -> Tensor:
+        """x (B, H*Da), step (B,) or one int, condition (B, width) -> (B, H*Da)."""
+        h = self.inp(x) + condition + self.time.weight[step]
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
+            h = h + down(F.silu(up(F.silu(norm(h)))))
+        return self.out(F.silu(h))
+
+
+class EnsembleLinear(nn.Module):
+    """E independent linear layers as one batched product: (E, B, in) -> (E, B, out)."""
+
+    def __init__(self, ensemble: int, inp: int, out: int) -> None:
+        super().__init__()
+        bound = 1.0 / math.sqrt(inp)
+        self.weight = nn.Parameter(torch.empty(ensemble, inp, out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(ensemble, 1, out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleMLP(nn.Module):
+    """E independent MLPs, Linear + LayerNorm + SiLU twice or more, then a linear output."""
+
+    def __init__(self, ensemble: int, inp: int, out: int, width: int, layers: int) -> None:
+        super().__init__()
+        dims = [inp] + [width] * layers
+        self.hidden = nn.ModuleList(EnsembleLinear(ensemble, a, b) for a, b in zip(dims, dims[1:], strict=False))
+        self.gain = nn.Parameter(torch.ones(layers, ensemble, 1, width))
+        self.shift = nn.Parameter(torch.zeros(layers, ensemble, 1, width))
+        self.out = EnsembleLinear(ensemble, width, out)
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(E, B, in) -> (E, B, out)."""
+        for i, layer in enumerate(self.hidden):
+            x = F.layer_norm(layer(x), (self.width,))
+            x = F.silu(torch.addcmul(self.shift[i], x, self.gain[i]))
+        return self.out(x)
+
+
+@torch.no_grad()
+def lerp(target: nn.Module, source: nn.Module, weight: float) -> None:
+    """target <- target + weight * (source - target), over all parameters."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), weight)
+
+
+class Learner(Generic[M]):
+    """One module, its AdamW optimiser, and the exponential moving average of its weights.
+
+    The average (`ema`) is what acts and what bootstraps: it is the target network of the critics, and it
+    keeps one unlucky mini-batch from moving the planner.
+    """
+
+    def __init__(
+        self, module: M, *, lr: float, weight_decay: float, grad_clip: float, ema_decay: float, num_updates: int
+    ) -> None:
+        """`num_updates` > 0 decays the rate to a tenth by a cosine over that many; 0 keeps it constant."""
+        self.module = module
+        self.ema = copy.deepcopy(module).requires_grad_(False)
+        self.lr, self.grad_clip, self.ema_decay, self.num_updates = lr, grad_clip, ema_decay, num_updates
+        self.params = list(module.parameters())
+        self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=weight_decay, fused=True)
+        self.grad_steps = 0
+
+    def step(self, loss: Tensor) -> None:
+        """Back-propagate, clip, step and average."""
+        if self.num_updates:
+            progress = min(self.grad_steps / self.num_updates, 1.0)
+            rate = self.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.params, self.grad_clip, foreach=True)
+        self.optimizer.step()
+        self.grad_steps += 1
+        # A short memory at first, so that the average does not remember the random initial weights.
+        decay = min(self.ema_decay, self.grad_steps / (self.grad_steps + 10.0))
+        lerp(self.ema, self.module, 1.0 - decay)
+
+    def state_dict(self) -> State:
+        return {
+            "module": self.module.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "grad_steps": self.grad_steps,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.module.load_state_dict(state["module"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.grad_steps = state["grad_steps"]

@@ -1,0 +1,104 @@
+"""Rows of episodes in one packed table, gathered by index: the offline data set and the online stream alike.
+
+A stream is one environment's rows in time order (the offline data is one stream). No DataLoader, no copies of
+successors: the successor of a row is the next row, and `end` says how far its episode is known.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modip.data.episodes import Episodes
+from modip.types import ChunkStep, State, Window
+
+
+class Replay:
+    """`capacity` rows for each of `streams` environments."""
+
+    def __init__(self, streams: int, capacity: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
+        self.obs_dim, self.action_dim, self.capacity = obs_dim, action_dim, capacity
+        self.table = torch.zeros(streams * capacity, obs_dim + action_dim + 2, device=device)
+        self.end = torch.zeros(streams * capacity, dtype=torch.int64, device=device)
+        # Return of the row's episode so far, NaN while it is running: what a filter on real returns reads.
+        self.episode_return = torch.full((streams * capacity,), torch.nan, device=device)
+        self.filled = torch.zeros(streams, dtype=torch.int64, device=device)
+        self._start = [0] * streams  # first row of the running episode, relative to the stream
+
+    @classmethod
+    def from_episodes(cls, episodes: Episodes, reward_offset: float, device: torch.device) -> Replay:
+        """Pack a data set once; `reward_offset` is added to each reward."""
+        n, obs_dim = episodes.observation.shape
+        replay = cls(1, n, obs_dim, episodes.action.shape[1], device)
+        replay.table[:, :obs_dim] = torch.from_numpy(episodes.observation)
+        replay.table[:, obs_dim:-2] = torch.from_numpy(episodes.action)
+        replay.table[:, -2] = torch.from_numpy(episodes.reward) + reward_offset
+        replay.table[:, -1] = torch.from_numpy(episodes.terminated).float()
+        lengths = torch.from_numpy(episodes.lengths)
+        replay.end[:] = torch.from_numpy(episodes.starts[1:]).repeat_interleave(lengths)
+        returns = torch.from_numpy(episodes.returns).float() + reward_offset * lengths
+        replay.episode_return[:] = returns.repeat_interleave(lengths)
+        replay.filled[0] = n
+        return replay
+
+    def __len__(self) -> int:
+        return int(self.filled.sum())
+
+    def append(self, step: ChunkStep) -> None:
+        """Add the rows of one executed chunk; row i of `step` extends stream i."""
+        for stream in range(len(step.mask)):
+            self.append_stream(stream, ChunkStep(*(part[stream : stream + 1] for part in step)))
+
+    def append_stream(self, stream: int, step: ChunkStep) -> None:
+        """Add one environment's chunk (B = 1) to a stream. Raises RuntimeError when it is full."""
+        count = step.env_steps
+        base, head = stream * self.capacity, int(self.filled[stream])
+        if head + count > self.capacity:
+            raise RuntimeError(f"replay stream {stream} holds {self.capacity} rows; {head + count} were given")
+        begin, stop = base + self._start[stream], base + head + count
+        rows = self.table[base + head : stop]
+        rows[:, : self.obs_dim] = step.obs[0, :count]
+        rows[:, self.obs_dim : -2] = step.action[0, :count]
+        rows[:, -2] = step.reward[0, :count]
+        rows[:, -1] = step.terminated[0, :count].float()
+        self.end[begin:stop] = stop
+        self.filled[stream] = head + count
+        if bool((step.terminated[0, :count] | step.truncated[0, :count]).any()):
+            self.episode_return[begin:stop] = self.table[begin:stop, -2].sum()
+            self._start[stream] = head + count
+
+    def sample_rows(self, size: int, generator: torch.Generator, fresh: int | None = None) -> Tensor:
+        """`size` row indices, uniform over the streams' last `fresh` rows (None: all), (size,)."""
+        device = self.table.device
+        stream = torch.randint(len(self.filled), (size,), generator=generator, device=device)
+        filled = self.filled[stream]
+        span = filled if fresh is None else filled.clamp(max=fresh)
+        offset = (torch.rand(size, generator=generator, device=device, dtype=torch.float64) * span).long()
+        return stream * self.capacity + (filled - span) + offset
+
+    def window(self, rows: Tensor, length: int) -> Window:
+        """The `length` rows from each of `rows` on, cut (and masked) at the end of their episode."""
+        end = self.end[rows].unsqueeze(1)
+        index = rows.unsqueeze(1) + torch.arange(length, device=rows.device)
+        mask = (index < end).float()
+        got = self.table[torch.minimum(index, end - 1)]
+        do = self.obs_dim
+        return Window(got[..., :do], got[..., do:-2], got[..., -2], got[..., -1], mask)
+
+    def state_dict(self) -> State:
+        return {
+            "table": self.table, "end": self.end, "episode_return": self.episode_return,
+            "filled": self.filled, "start": list(self._start),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        self.table.copy_(state["table"])
+        self.end.copy_(state["end"])
+        self.episode_return.copy_(state["episode_return"])
+        self.filled.copy_(state["filled"])
+        self._start = list(state["start"])
+
+
+def concat(a: Window, b: Window) -> Window:
+    """Two windows of equal length as one batch."""
+    return Window(*(torch.cat(pair) for pair in zip(a, b, strict=True)))

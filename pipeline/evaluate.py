@@ -1,0 +1,268 @@
+"""Judges one agent: the policy alone, and for modip the planner too, on fixed seeds.
+
+Writes data/artifacts/DATASET/AGENT/SEED/evaluation/: metrics.json, episodes.json, calibration.json and videos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modip import checkpoint, video
+from modip.agents.modip import Modip
+from modip.agents.modip import plan as plan_chunks
+from modip.artifacts import expect_spec, read_policy, restore_model
+from modip.config import Cell, Params
+from modip.critics import Critics, returns_to_go
+from modip.diffusion import DiffusionPolicy
+from modip.envs import BatchedEnv, score, video_support
+from modip.errors import UserError
+from modip.loops import ActFn, Episodes, evaluate
+from modip.parts import new_critics, new_model
+from modip.replay import Replay
+from modip.types import ChunkStep
+from modip.world_model import WorldModel
+from pipeline import stage, training
+from pipeline.training import Task
+
+log = logging.getLogger(__name__)
+MAX_FRAMES = 100
+MAX_POINTS = 1000
+PICTURE_HEIGHT = 240
+
+
+def evaluation_generator(seed: int, device: torch.device) -> torch.Generator:
+    """The sampler's noise in evaluations: the same for every policy, and never the training's."""
+    return torch.Generator(device).manual_seed(10_000_019 + seed)
+
+
+def summary(found: Episodes, env_id: str, has_success: bool) -> dict[str, Any]:
+    """Mean figures of an evaluation, for the curve and for metrics.json alike."""
+    returns = np.array(found.returns)
+    return {
+        "episodes": len(returns),
+        "success": float(np.mean(found.success)) if has_success else None,
+        "return": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "score": score(env_id, float(returns.mean())),
+        "max_reward": float(np.mean(found.max_reward)),
+        "length": float(np.mean(found.lengths)),
+    }
+
+
+def curve_rows(task: Task, agent: Modip, env: BatchedEnv) -> list[dict[str, Any]]:
+    """The policy alone and the planner, on the first of the final evaluation's seeds."""
+    config = task.cell.evaluation
+    seeds = range(config.first_seed, config.first_seed + config.curve_episodes)
+    rows = []
+    for name, act in (("dp", agent.policy), ("planner", agent.planner)):
+        generator = evaluation_generator(task.seed, task.demos.table.device)
+        found = evaluate(act, env, seeds, generator)
+        row = summary(found, task.spec.env_id, env.spec.has_success)
+        del row["max_reward"], row["length"]
+        rows.append({"policy": name, **row})
+        shown = "" if row["success"] is None else f"success {row['success']:.2f}, "
+        log.info("%d env steps, %s: %sreturn %.1f", agent.env_steps, name, shown, row["return"])
+    return rows
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One policy to evaluate: `stage` bc, control or final; `name` dp or planner."""
+
+    stage: str
+    name: str
+    act: ActFn
+    env_steps: int
+    grad_steps: int
+
+
+def body(args: argparse.Namespace, params: Params) -> None:
+    """One (dataset, agent, seed)."""
+    task = training.open_task(params, args.dataset, args.seed)
+    cell, config = task.cell, task.cell.evaluation
+    out = task.results(args.agent) / "evaluation"
+    final = task.results(args.agent) / "final"
+    env = BatchedEnv(task.spec.env_id, min(config.num_envs, config.episodes))
+    training.check_env(task, env)
+    parts: tuple[DiffusionPolicy, WorldModel, Critics] | None = None
+    if args.agent == "bc":
+        judged = [_policy(task, task.pretrained / "policy", "bc"), _policy(task, final / "policy", "control")]
+    else:
+        judged = [_policy(task, final / "policy", "final")]
+        parts = _planner(task, final)
+        judged.append(Judged("final", "planner", _plan_with(cell, *parts), judged[0].env_steps, judged[0].grad_steps))
+    seeds = list(range(config.first_seed, config.first_seed + config.episodes))
+    results: dict[str, dict[str, Any]] = {}
+    episodes: dict[str, dict[str, Any]] = {}
+    with stage.Bar(f"evaluate {args.agent}", len(judged) * len(seeds), "episodes") as bar:
+        for one in judged:
+            recorder = _Recorder(len(seeds), len(env.obs)) if one.name == "planner" else None
+            generator = evaluation_generator(task.seed, task.demos.table.device)
+            found = evaluate(
+                one.act, env, seeds, generator, on_chunk=recorder, on_done=bar.advance
+            )  # fmt: skip
+            row = summary(found, task.spec.env_id, env.spec.has_success)
+            counts = {"env_steps": one.env_steps, "grad_steps": one.grad_steps}
+            results.setdefault(one.stage, {})[one.name] = {**counts, **row}
+            episodes.setdefault(one.stage, {})[one.name] = {
+                "seeds": seeds, "returns": found.returns, "lengths": found.lengths,
+                "success": found.success if env.spec.has_success else None,
+            }  # fmt: skip
+            if recorder is not None and parts is not None:
+                training.write_json(out / "calibration.json", calibration(cell, recorder, parts[1], parts[2]))
+    head = {
+        "dataset": args.dataset, "env": task.spec.env_id, "env_version": task.env_version,
+        "agent": args.agent, "seed": args.seed,
+    }  # fmt: skip
+    training.write_json(out / "metrics.json", {**head, "results": results})
+    training.write_json(out / "episodes.json", episodes)
+    _film(task, judged, out / "videos")
+
+
+def _policy(task: Task, path: Path, name: str) -> Judged:
+    policy, spec = read_policy(path)
+    expect_spec(path, spec, task.spec)
+    policy.to(task.demos.table.device)
+    _, meta = checkpoint.load(path, "policy")
+
+    def act(obs: Tensor, generator: torch.Generator) -> Tensor:
+        return policy.sample(obs, generator)[:, : policy.act_steps]
+
+    return Judged(name, "dp", act, meta.get("env_steps", 0), meta["grad_steps"])
+
+
+def _planner(task: Task, final: Path) -> tuple[DiffusionPolicy, WorldModel, Critics]:
+    policy, _ = read_policy(final / "policy")
+    model = new_model(task.cell, task.spec, task.demos)
+    critics = new_critics(task.cell, task.spec, task.demos, model.latent_dim)
+    restore_model(final / "model", model, critics, task.spec)
+    device = task.demos.table.device
+    return policy.to(device), model.to(device), critics.to(device)
+
+
+def _plan_with(cell: Cell, policy: DiffusionPolicy, model: WorldModel, critics: Critics) -> ActFn:
+    def act(obs: Tensor, generator: torch.Generator) -> Tensor:
+        return plan_chunks(obs, policy, model, critics, cell, generator).chunk[:, : cell.chunk.act_steps]
+
+    return act
+
+
+class _Recorder:
+    """The rows of every evaluated episode, in a replay whose stream i is episode i."""
+
+    def __init__(self, episodes: int, batch: int) -> None:
+        self.steps: list[list[ChunkStep]] = [[] for _ in range(episodes)]
+        self.batch = batch
+
+    def __call__(self, first: int, rows: Tensor, step: ChunkStep) -> None:
+        for i, row in enumerate(rows.tolist()):
+            self.steps[first + row].append(ChunkStep(*(part[i : i + 1] for part in step)))
+
+    def replay(self, obs_dim: int, action_dim: int, reward_offset: float) -> Replay:
+        longest = max(sum(step.env_steps for step in steps) for steps in self.steps)
+        replay = Replay(len(self.steps), longest, obs_dim, action_dim, torch.device("cpu"))
+        for episode, steps in enumerate(self.steps):
+            for step in steps:
+                replay.append_stream(episode, step._replace(reward=step.reward + reward_offset))
+        return replay
+
+
+@torch.no_grad()
+def calibration(cell: Cell, recorder: _Recorder, model: WorldModel, critics: Critics) -> dict[str, Any]:
+    """Predicted against real, along the planner's own evaluation episodes.
+
+    `value`: V(s) against the discounted rewards that followed. A truncated episode's last rewards are unknown,
+    so only rows with discount^remaining < 0.1 or a true end count; with none such, the bootstrap of the last row is
+    added to the real side. `reward`: the model's reward sum over the planned horizon along the actions taken.
+    """
+    device = next(model.parameters()).device
+    obs_dim, h = model.normalizer.mean.numel(), cell.mppi.horizon
+    action_dim = recorder.steps[0][0].action.shape[-1]
+    replay = recorder.replay(obs_dim, action_dim, cell.critics.reward_offset)
+    generator = torch.Generator().manual_seed(0)
+    rows = replay.sample_rows(min(MAX_POINTS, len(replay)), generator)
+    window = replay.window(rows, h + 1)
+    obs = window.obs.to(device)
+    full = window.mask[:, h] > 0
+    # Bootstrap a truncated end by V of its last row, so that both sides mean the same infinite sum.
+    reward = replay.table[:, -2].clone()
+    last = torch.cat([replay.end[s * replay.capacity].unsqueeze(0) - 1 for s in range(len(replay.filled))])
+    open_end = replay.table[last, -1] == 0
+    tail = critics.v(model.encode(replay.table[last, :obs_dim].to(device))).mean(0).cpu()
+    reward[last] += torch.where(open_end, cell.critics.discount * tail, 0.0)
+    real = returns_to_go(reward, replay.end, cell.critics.discount)[rows]
+    value = critics.v(model.encode(obs[:, 0])).mean(0).cpu()
+    out = model.rollout(model.encode(obs[:, 0]), window.action[:, :h].to(device))
+    predicted = (out.reward * out.alive[..., :-1]).mean(0).sum(1).cpu()
+    latent = model.encode(obs[:, 0]).expand(cell.world_model.ensemble, -1, -1)
+    errors = []
+    for i in range(h):
+        action = window.action[:, i].to(device).expand(cell.world_model.ensemble, -1, -1)
+        latent = model.step(latent, action)[0]
+        miss = (latent.mean(0) - model.encode(obs[:, i + 1]))[full]
+        errors.append(float(miss.square().mean().sqrt()) if len(miss) else 0.0)
+    return {
+        "value": {"predicted": value.tolist(), "real": real.tolist()},
+        "reward": {"predicted": predicted[full].tolist(), "real": window.reward[:, :h].sum(1)[full].tolist()},
+        "error_by_step": errors,
+    }
+
+
+def _film(task: Task, judged: list[Judged], folder: Path) -> None:
+    """The same start states for every policy, side by side in one video each; or one line why not."""
+    config = task.cell.evaluation
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if not config.videos:
+        reason: str | None = "no videos: evaluation.videos is 0"
+    else:
+        reason = video_support(task.spec.env_id)
+    if reason is None:
+        try:
+            for one in judged:
+                _film_one(task, one, folder / f"{one.stage}_{one.name}.mp4")
+        except UserError as error:
+            reason = str(error)
+    if reason is not None:
+        log.warning("%s", reason)
+        (folder / "unavailable.txt").write_text(reason + "\n")
+
+
+def _film_one(task: Task, one: Judged, path: Path) -> None:
+    config = task.cell.evaluation
+    env = BatchedEnv(task.spec.env_id, config.videos, render=True)
+    every = max(1, env.spec.max_episode_steps // MAX_FRAMES)
+    frames: list[NDArray[np.uint8]] = []
+    count = 0
+
+    def camera(_: Tensor) -> None:
+        nonlocal count
+        if count % every == 0:
+            frames.append(np.concatenate([_shrink(env.frame(i)) for i in range(config.videos)], 1))
+        count += 1
+
+    seeds = range(config.first_seed, config.first_seed + config.videos)
+    evaluate(one.act, env, seeds, evaluation_generator(task.seed, task.demos.table.device), on_step=camera)
+    env.close()
+    video.write(path, frames, fps=15)
+
+
+def _shrink(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    step = max(1, round(frame.shape[0] / PICTURE_HEIGHT))
+    return frame[::step, ::step]
+
+
+if __name__ == "__main__":
+    sys.exit(stage.run(stage.parser(__doc__, "dataset", "agent", "seed"), body))

@@ -1,0 +1,113 @@
+"""Improves the cloned policy by one agent, within its budget of environment steps.
+
+Writes data/artifacts/DATASET/AGENT/SEED/: final/policy, for modip final/model (its planner), curve.jsonl and
+timing.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modip import checkpoint
+from modip.agents import AGENTS
+from modip.agents.bc import BC
+from modip.agents.modip import Modip
+from modip.artifacts import expect_spec, read_policy, restore_model, save_model, save_policy
+from modip.config import Params, unknown
+from modip.data import episodes
+from modip.envs import BatchedEnv
+from modip.errors import UserError
+from modip.loops import Interaction
+from modip.parts import new_critics, new_model, new_policy
+from pipeline import stage, training
+from pipeline.evaluate import curve_rows
+from pipeline.training import Task
+
+
+def body(args: argparse.Namespace, params: Params) -> None:
+    """One (dataset, agent, seed)."""
+    if args.agent not in AGENTS:
+        raise UserError(unknown("--agent", args.agent, AGENTS))
+    task = training.open_task(params, args.dataset, args.seed)
+    start = task.pretrained / "policy"
+    if args.agent == "bc":
+        _control(task, start)
+    else:
+        _modip(task, start)
+
+
+def _control(task: Task, start: Path) -> None:
+    """BC, continued for as many updates as MODIP gives its policy, at MODIP's rate: the equally long control."""
+    cell, config = task.cell, task.cell.modip
+    policy, spec = read_policy(start)
+    expect_spec(start, spec, task.spec)
+    agent = BC(
+        policy.to(task.demos.table.device), cell, task.demos,
+        num_updates=config.num_policy_updates, lr=config.policy_lr, seed=task.seed,
+    )  # fmt: skip
+    job = Interaction(agent, None, env_steps=0, seed=task.seed)
+    folder = training.scratch_folder(task, "control", checkpoint.fingerprint(start))
+    done = training.run(
+        job, task, folder, title="control: more cloning", unit="updates",
+        total=config.num_policy_updates, done=lambda: job.grad_steps,
+    )  # fmt: skip
+    out = task.results("bc")
+    meta = task.meta(agent="bc", env_steps=0, grad_steps=job.grad_steps, parent=checkpoint.fingerprint(start))
+    save_policy(out / "final" / "policy", agent.learner.ema, cell, task.spec, meta)
+    _write_curve(out, done)
+    training.finish(folder)
+
+
+def _modip(task: Task, start: Path) -> None:
+    cell, config, device = task.cell, task.cell.modip, task.demos.table.device
+    model_path = task.pretrained / "model"
+    torch.manual_seed(task.seed)
+    policy = new_policy(cell, task.spec, task.demos)
+    model = new_model(cell, task.spec, task.demos)
+    critics = new_critics(cell, task.spec, task.demos, model.latent_dim)
+    if config.offline_pretraining:
+        policy, spec = read_policy(start)
+        expect_spec(start, spec, task.spec)
+        restore_model(model_path, model, critics, task.spec)
+    agent = Modip(
+        policy.to(device), model.to(device), critics.to(device), cell, task.demos, seed=task.seed
+    )
+    env = BatchedEnv(task.spec.env_id, config.num_envs)
+    training.check_env(task, env)
+    job = Interaction(agent, env, env_steps=config.env_steps, seed=task.seed)
+    watched = BatchedEnv(task.spec.env_id, min(cell.evaluation.num_envs, cell.evaluation.curve_episodes))
+    online = config.env_steps - config.final_env_steps
+    points = [round(online * i / cell.evaluation.curve_points) for i in range(cell.evaluation.curve_points + 1)]
+
+    def at_point() -> list[dict[str, Any]]:
+        return curve_rows(task, agent, watched)
+
+    parents = (checkpoint.fingerprint(start), checkpoint.fingerprint(model_path))
+    folder = training.scratch_folder(task, "modip", *parents)
+    done = training.run(
+        job, task, folder, title="modip: online", unit="env steps", total=config.env_steps,
+        done=lambda: min(job.env_steps, config.env_steps), points=points, at_point=at_point,
+    )  # fmt: skip
+    out = task.results("modip")
+    meta = task.meta(
+        agent="modip", env_steps=job.env_steps, grad_steps=agent.policy_learner.grad_steps, parents=list(parents)
+    )
+    save_policy(out / "final" / "policy", agent.policy_learner.ema, cell, task.spec, meta)
+    save_model(out / "final" / "model", agent.model.ema, agent.critics.ema, cell, task.spec, meta)
+    _write_curve(out, done)
+    training.finish(folder)
+
+
+def _write_curve(out: Path, done: training.Run) -> None:
+    episodes.write_atomically(out / "curve.jsonl", lambda path: shutil.copyfile(done.curve, path))
+    training.write_json(out / "timing.json", {"finetune": done.seconds})
+
+
+if __name__ == "__main__":
+    sys.exit(stage.run(stage.parser(__doc__, "dataset", "agent", "seed"), body))

@@ -1,0 +1,46 @@
+"""Learns the world model and the critics from the demonstrations.
+
+Writes data/artifacts/DATASET/pretrained/SEED/model, and model.json, its seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from modip import checkpoint
+from modip.artifacts import read_policy, save_model
+from modip.config import Params
+from modip.loops import Interaction
+from modip.parts import new_critics, new_model
+from modip.pretraining import Pretraining
+from pipeline import stage, training
+
+
+def body(args: argparse.Namespace, params: Params) -> None:
+    """One (dataset, seed)."""
+    task = training.open_task(params, args.dataset, args.seed)
+    cell, device = task.cell, task.demos.table.device
+    start = task.pretrained / "policy"
+    policy, _ = read_policy(start)
+    torch.manual_seed(args.seed)
+    model = new_model(cell, task.spec, task.demos).to(device)
+    critics = new_critics(cell, task.spec, task.demos, model.latent_dim).to(device)
+    agent = Pretraining(policy.to(device), model, critics, cell, task.demos, seed=args.seed)
+    folder = training.scratch_folder(task, "pretrain_model", checkpoint.fingerprint(start))
+    job = Interaction(agent, None, env_steps=0, seed=args.seed)
+    done = training.run(
+        job, task, folder, title="world model and critics", unit="updates",
+        total=cell.world_model.updates + cell.critics.updates, done=lambda: job.grad_steps,
+    )  # fmt: skip
+    out = task.pretrained / "model"
+    meta = task.meta(grad_steps=job.grad_steps, parent=checkpoint.fingerprint(start))
+    save_model(out, agent.model.ema, agent.critics.ema, cell, task.spec, meta)
+    training.write_json(task.pretrained / "model.json", {"pretrain_model": done.seconds})
+    training.finish(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(stage.run(stage.parser(__doc__, "dataset", "seed"), body))

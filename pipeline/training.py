@@ -1,0 +1,166 @@
+"""Drives anything that learns to its end, so that a kill at any moment changes nothing.
+
+The resumable state lies in scratch/, in a folder named by the hash of everything the job depends on: a changed
+parameter or input never continues an old run. A finished job's folder is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modip import checkpoint
+from modip.config import Cell, Params
+from modip.data import episodes
+from modip.envs import BatchedEnv
+from modip.errors import UserError
+from modip.loops import Interaction
+from modip.replay import Replay
+from modip.types import Metrics, Spec
+from pipeline import stage
+from pipeline.convert import EPISODES
+from pipeline.tracking import Tracker
+
+log = logging.getLogger(__name__)
+ARTIFACTS = Path("data/artifacts")
+SCRATCH = Path("scratch")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One (dataset, seed) with its data loaded."""
+
+    cell: Cell
+    spec: Spec
+    demos: Replay
+    env_version: str
+    source: str  # sha256 of the episode file: what the resumable state depends on
+    seed: int
+
+    @property
+    def pretrained(self) -> Path:
+        return ARTIFACTS / self.cell.dataset / "pretrained" / str(self.seed)
+
+    def results(self, agent: str) -> Path:
+        return ARTIFACTS / self.cell.dataset / agent / str(self.seed)
+
+    def meta(self, **counts: Any) -> dict[str, Any]:
+        """What a checkpoint says of its origin."""
+        return {"seed": self.seed, "episodes_sha256": self.source, "env_version": self.env_version, **counts}
+
+
+def open_task(params: Params, dataset: str, seed: int) -> Task:
+    """Read and check the data before any work. Raises UserError."""
+    cell = params.cell(dataset)
+    path = EPISODES / f"{dataset}.parquet"
+    found = episodes.read(path)
+    device = stage.device(cell.runtime)
+    demos = Replay.from_episodes(found, cell.critics.reward_offset, device)
+    spec = Spec(dataset, found.info.env_id, demos.obs_dim, demos.action_dim)
+    with path.open("rb") as file:
+        source = hashlib.file_digest(file, "sha256").hexdigest()
+    return Task(cell, spec, demos, found.info.env_version, source, seed)
+
+
+def scratch_folder(task: Task, name: str, *depends: object) -> Path:
+    """The folder of a job's resumable state: named by the job, and by the hash of all it depends on."""
+    config = {k: v for k, v in task.cell.model_dump(mode="json").items() if k != "runtime"}
+    key = json.dumps([name, config, task.source, task.seed, torch.__version__, *map(str, depends)], sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return SCRATCH / f"{name.replace('/', '-')}-{task.cell.dataset.replace('/', '-')}-{task.seed}-{digest}"
+
+
+@dataclass
+class Run:
+    """A finished job: its training seconds, without evaluations, over all its resumptions; and its curve."""
+
+    seconds: float
+    curve: Path
+
+
+def run(
+    job: Interaction,
+    task: Task,
+    folder: Path,
+    *,
+    title: str,
+    unit: str,
+    total: int,
+    done: Callable[[], int],
+    points: list[int] | None = None,
+    at_point: Callable[[], list[dict[str, Any]]] | None = None,
+) -> Run:
+    """Advance `job` to its end, saving its state every `runtime.checkpoint_seconds`.
+
+    `done` counts progress in `unit`s up to `total`. Whenever `job.env_steps` passes one of `points` (ascending),
+    `at_point` gives rows for the curve.
+    """
+    points = points or []
+    seconds, passed, rows = 0.0, 0, 0
+    state_path = folder / "state"
+    if checkpoint.exists(state_path):
+        state, meta = checkpoint.load(state_path, "resume")
+        job.load_state_dict(state)
+        seconds, passed, rows = meta["seconds"], meta["passed"], meta["rows"]
+        log.info("%s: resumed at %d of %d %s", title, done(), total, unit)
+    with Tracker(folder / "curve.jsonl", f"{title}-{folder.name[-8:]}", rows) as tracker:
+        with stage.Bar(title, total, unit, done=done()) as bar:
+            shown, saved, began = done(), time.monotonic(), time.monotonic()
+            last: Metrics = {}
+            while True:
+                if passed < len(points) and job.env_steps >= points[passed]:
+                    seconds += time.monotonic() - began
+                    assert at_point is not None
+                    head = {"env_steps": job.env_steps, "grad_steps": job.grad_steps, "seconds": seconds}
+                    if last:
+                        losses = {name: float(value) for name, value in last.items()}
+                        tracker.log({"kind": "train", **head, **losses})
+                    for row in at_point():
+                        tracker.log({"kind": "evaluation", **head, **row})
+                    while passed < len(points) and job.env_steps >= points[passed]:
+                        passed += 1
+                    began = time.monotonic()
+                metrics = job.advance()
+                if metrics is None:
+                    break
+                last = {**last, **metrics}
+                if done() - shown:
+                    bar.advance(done() - shown)
+                    shown = done()
+                if time.monotonic() - saved > task.cell.runtime.checkpoint_seconds:
+                    spent = seconds + time.monotonic() - began
+                    meta = {"seconds": spent, "passed": passed, "rows": tracker.rows}
+                    checkpoint.save(state_path, "resume", job.state_dict(), meta)
+                    saved = time.monotonic()
+            seconds += time.monotonic() - began
+    return Run(seconds, folder / "curve.jsonl")
+
+
+def finish(folder: Path) -> None:
+    """Forget a job whose results are written."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomic and strict: NaN is an error."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    episodes.write_atomically(path, lambda to: to.write_text(text))
+
+
+def check_env(task: Task, env: BatchedEnv) -> None:
+    """Raises UserError if the environment does not give and take what the data set holds."""
+    spec = env.spec
+    if (spec.obs_dim, spec.action_dim) != (task.spec.obs_dim, task.spec.action_dim):
+        raise UserError(
+            f"{task.cell.dataset}: {spec.env_id} has observations of {spec.obs_dim} and actions of {spec.action_dim}, "
+            f"the data {task.spec.obs_dim} and {task.spec.action_dim}; convert the data set again or correct its env"
+        )
