@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from modip.errors import UserError
+from modip.files import write_atomically
 
 
 def write(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> None:
@@ -20,10 +20,9 @@ def write(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> None:
     import imageio.v2 as imageio
 
     height, width = (size - size % 2 for size in frames[0].shape[:2])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part.mp4")
-    try:
-        imageio.mimwrite(
+    write_atomically(
+        path,
+        lambda temporary: imageio.mimwrite(
             temporary,
             [frame[:height, :width] for frame in frames],
             format="FFMPEG",
@@ -31,12 +30,5 @@ def write(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> None:
             codec="libx264",
             macro_block_size=1,
             quality=7,
-        )
-        temporary.replace(path)
-    except OSError as problem:
-        reason = str(problem).strip().splitlines()[0]
-        raise UserError(
-            f"{path}: the video cannot be written: {reason}; free disk space"
-        ) from problem
-    finally:
-        temporary.unlink(missing_ok=True)
+        ),
+    )

@@ -1,6 +1,7 @@
 """Judges one agent: the policy alone, and for modip the planner too, on fixed seeds.
 
-Writes data/artifacts/DATASET/AGENT/SEED/evaluation/: metrics.json, episodes.json, calibration.json and videos.
+Writes data/artifacts/DATASET/AGENT/SEED/evaluation/: metrics.json, and in details/ every episode, the planner's
+calibration and the videos.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from pipeline import stage, training
 from pipeline.training import Task
 
 log = logging.getLogger(__name__)
+READS = ("chunk", "world_model", "critics", "mppi", "evaluation")
 MAX_FRAMES = 100
 MAX_POINTS = 1000
 PICTURE_HEIGHT = 240
@@ -90,7 +92,8 @@ class Judged:
 
 def body(args: argparse.Namespace, params: Params) -> None:
     """One (dataset, agent, seed)."""
-    task = training.open_task(params, args.dataset, args.seed)
+    offset = params.cell(args.dataset).critics.reward_offset
+    task = training.open_task(params, args.dataset, args.seed, reward_offset=offset)
     cell, config = task.cell, task.cell.evaluation
     out = task.results(args.agent) / "evaluation"
     final = task.results(args.agent) / "final"
@@ -121,14 +124,14 @@ def body(args: argparse.Namespace, params: Params) -> None:
                 "success": found.success if env.spec.has_success else None,
             }  # fmt: skip
             if recorder is not None and parts is not None:
-                training.write_json(out / "calibration.json", calibration(cell, recorder, parts[1], parts[2]))
+                training.write_json(out / "details" / "calibration.json", calibration(cell, recorder, parts[1], parts[2]))
     head = {
         "dataset": args.dataset, "env": task.spec.env_id, "env_version": task.env_version,
         "agent": args.agent, "seed": args.seed,
     }  # fmt: skip
     training.write_json(out / "metrics.json", {**head, "results": results})
-    training.write_json(out / "episodes.json", episodes)
-    _film(task, judged, out / "videos")
+    training.write_json(out / "details" / "episodes.json", episodes)
+    _film(task, judged, out / "details" / "videos")
 
 
 def _policy(task: Task, path: Path, name: str) -> Judged:

@@ -29,12 +29,15 @@ from pipeline import stage, training
 from pipeline.evaluate import curve_rows
 from pipeline.training import Task
 
+READS = ("chunk", "diffusion", "world_model", "critics", "mppi", "modip", "evaluation")
+
 
 def body(args: argparse.Namespace, params: Params) -> None:
     """One (dataset, agent, seed)."""
     if args.agent not in AGENTS:
         raise UserError(unknown("--agent", args.agent, AGENTS))
-    task = training.open_task(params, args.dataset, args.seed)
+    offset = params.cell(args.dataset).critics.reward_offset
+    task = training.open_task(params, args.dataset, args.seed, reward_offset=offset)
     start = task.pretrained / "policy"
     if args.agent == "bc":
         _control(task, start)
@@ -52,7 +55,7 @@ def _control(task: Task, start: Path) -> None:
         num_updates=config.num_policy_updates, lr=config.policy_lr, seed=task.seed,
     )  # fmt: skip
     job = Interaction(agent, None, env_steps=0, seed=task.seed)
-    folder = training.scratch_folder(task, "control", checkpoint.fingerprint(start))
+    folder = training.scratch_folder(task, "control", READS, checkpoint.fingerprint(start))
     done = training.run(
         job, task, folder, title="control: more cloning", unit="updates",
         total=config.num_policy_updates, done=lambda: job.grad_steps,
@@ -89,7 +92,7 @@ def _modip(task: Task, start: Path) -> None:
         return curve_rows(task, agent, watched)
 
     parents = (checkpoint.fingerprint(start), checkpoint.fingerprint(model_path))
-    folder = training.scratch_folder(task, "modip", *parents)
+    folder = training.scratch_folder(task, "modip", READS, *parents)
     done = training.run(
         job, task, folder, title="modip: online", unit="env steps", total=config.env_steps,
         done=lambda: min(job.env_steps, config.env_steps), points=points, at_point=at_point,

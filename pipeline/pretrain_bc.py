@@ -17,6 +17,8 @@ from modip.loops import Interaction
 from modip.parts import new_policy
 from pipeline import stage, training
 
+READS = ("chunk", "diffusion")
+
 
 def body(args: argparse.Namespace, params: Params) -> None:
     """One (dataset, seed)."""
@@ -25,7 +27,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
     torch.manual_seed(args.seed)
     policy = new_policy(task.cell, task.spec, task.demos).to(task.demos.table.device)
     agent = BC(policy, task.cell, task.demos, num_updates=config.updates, lr=config.lr, seed=args.seed)
-    folder = training.scratch_folder(task, "pretrain_bc")
+    folder = training.scratch_folder(task, "pretrain_bc", READS)
     job = Interaction(agent, None, env_steps=0, seed=args.seed)
     done = training.run(
         job, task, folder, title="behaviour cloning", unit="updates",

@@ -18,10 +18,13 @@ from modip.parts import new_critics, new_model
 from modip.pretraining import Pretraining
 from pipeline import stage, training
 
+READS = ("world_model", "critics")
+
 
 def body(args: argparse.Namespace, params: Params) -> None:
     """One (dataset, seed)."""
-    task = training.open_task(params, args.dataset, args.seed)
+    offset = params.cell(args.dataset).critics.reward_offset
+    task = training.open_task(params, args.dataset, args.seed, reward_offset=offset)
     cell, device = task.cell, task.demos.table.device
     start = task.pretrained / "policy"
     policy, _ = read_policy(start)
@@ -29,7 +32,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
     model = new_model(cell, task.spec, task.demos).to(device)
     critics = new_critics(cell, task.spec, task.demos, model.latent_dim).to(device)
     agent = Pretraining(policy.to(device), model, critics, cell, task.demos, seed=args.seed)
-    folder = training.scratch_folder(task, "pretrain_model", checkpoint.fingerprint(start))
+    folder = training.scratch_folder(task, "pretrain_model", READS, checkpoint.fingerprint(start))
     job = Interaction(agent, None, env_steps=0, seed=args.seed)
     done = training.run(
         job, task, folder, title="world model and critics", unit="updates",

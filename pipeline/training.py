@@ -58,22 +58,25 @@ class Task:
         return {"seed": self.seed, "episodes_sha256": self.source, "env_version": self.env_version, **counts}
 
 
-def open_task(params: Params, dataset: str, seed: int) -> Task:
-    """Read and check the data before any work. Raises UserError."""
+def open_task(params: Params, dataset: str, seed: int, *, reward_offset: float = 0.0) -> Task:
+    """Read and check the data before any work; `reward_offset` is added to its rewards. Raises UserError."""
     cell = params.cell(dataset)
     path = EPISODES / f"{dataset}.parquet"
     found = episodes.read(path)
     device = stage.device(cell.runtime)
-    demos = Replay.from_episodes(found, cell.critics.reward_offset, device)
+    demos = Replay.from_episodes(found, reward_offset, device)
     spec = Spec(dataset, found.info.env_id, demos.obs_dim, demos.action_dim)
     with path.open("rb") as file:
         source = hashlib.file_digest(file, "sha256").hexdigest()
     return Task(cell, spec, demos, found.info.env_version, source, seed)
 
 
-def scratch_folder(task: Task, name: str, *depends: object) -> Path:
-    """The folder of a job's resumable state: named by the job, and by the hash of all it depends on."""
-    config = {k: v for k, v in task.cell.model_dump(mode="json").items() if k != "runtime"}
+def scratch_folder(task: Task, name: str, reads: tuple[str, ...], *depends: object) -> Path:
+    """The folder of a job's resumable state: named by the job and by the hash of all it depends on.
+
+    `reads` are the sections of the parameters that the job reads, the same that its stage lists in dvc.yaml.
+    """
+    config = task.cell.model_dump(mode="json", include=set(reads))
     key = json.dumps([name, config, task.source, task.seed, torch.__version__, *map(str, depends)], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     return SCRATCH / f"{name.replace('/', '-')}-{task.cell.dataset.replace('/', '-')}-{task.seed}-{digest}"

@@ -9,8 +9,6 @@ the data are stands as JSON in the schema metadata.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 
 from modip import envs
 from modip.errors import UserError
+from modip.files import write_atomically
 
 METADATA_KEY = b"modip_dataset"
 ROW_GROUP = 64 * 1024
@@ -111,32 +110,6 @@ def write(path: Path, episodes: Episodes) -> None:
             row_group_size=ROW_GROUP,
         ),
     )
-
-
-def write_atomically(path: Path, write_file: Callable[[Path], object]) -> None:
-    """Lets `write_file` make a temporary file beside `path`, then renames it.
-
-    Raises UserError, with nothing left behind, where the disk is full or not writable.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        os.fchmod(descriptor, 0o644)
-        os.close(descriptor)
-        write_file(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as problem:
-        raise UserError(
-            f"{path}: cannot be written: {problem.strerror or problem}; free disk space or make "
-            f"{path.parent} writable, then run again"
-        ) from problem
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def read(source: Path, info: DatasetInfo | None = None, path: Path | None = None) -> Episodes:

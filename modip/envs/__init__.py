@@ -60,7 +60,7 @@ class BatchedEnv:
             missing = video_support(env_id)
             if missing is not None:
                 raise UserError(missing)
-            backend = _gl_backend() if family(env_id).renders_with_gl else None
+            backend = _gl_backend() if _pictures(env_id).need_gl else None
             if backend is not None:
                 os.environ["MUJOCO_GL"] = backend
         mode = "rgb_array" if render else None
@@ -250,13 +250,32 @@ def success_at_end(env_id: str, last_reward: float, terminated: bool) -> bool | 
 
 
 def video_support(env_id: str) -> str | None:
-    """None if frames can be had, else one line that says which package would give them."""
-    if not family(env_id).renders_with_gl or _gl_backend() is not None:
+    """None if frames can be had, else one line that says why not, or what would give them."""
+    pictures = _pictures(env_id)
+    if not pictures.offered:
+        return f"no videos of {env_id}: it has no render mode rgb_array"
+    if not pictures.need_gl or _gl_backend() is not None:
         return None
     return (
         f"no videos of {env_id}: no OpenGL library could be used; "
         "`apt install libegl1 libgl1-mesa-dri` (or libosmesa6) would give them"
     )
+
+
+class _Pictures(NamedTuple):
+    offered: bool
+    need_gl: bool
+
+
+@functools.cache
+def _pictures(env_id: str) -> _Pictures:
+    """What an environment draws with; MuJoCo's are the ones that need OpenGL."""
+    env = make(env_id)
+    try:
+        modes = env.metadata["render_modes"]
+        return _Pictures("rgb_array" in modes, hasattr(env.unwrapped, "mujoco_renderer"))
+    finally:
+        env.close()
 
 
 _GL_PROBE = """

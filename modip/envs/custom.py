@@ -44,7 +44,9 @@ def make(env_id: str, render_mode: str | None) -> Adapter:
     """The environment registered under `env_id`; an id may begin with "module:"."""
     if env_id not in gymnasium.registry:
         fetch.register()  # the rest of gymnasium-robotics: kitchen, hands, mazes
-    return _CustomAdapter(gymnasium.make(env_id, disable_env_checker=True, render_mode=render_mode))
+    # An environment that draws nothing may not know the argument at all.
+    wanted = {} if render_mode is None else {"render_mode": render_mode}
+    return _CustomAdapter(gymnasium.make(env_id, disable_env_checker=True, **wanted))
 
 
 FAMILY = Family(
@@ -53,5 +55,4 @@ FAMILY = Family(
     packages=("gymnasium",),
     reward_note="the environment's own reward; success: its info['is_success'], where it has one",
     success_at_end=None,
-    renders_with_gl=True,
 )

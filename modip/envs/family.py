@@ -88,7 +88,6 @@ class Family:
     packages: tuple[str, ...]
     reward_note: str
     success_at_end: Callable[[float, bool], bool] | None
-    renders_with_gl: bool
 
 
 def versions(packages: tuple[str, ...]) -> str:

@@ -59,5 +59,4 @@ FAMILY = Family(
     packages=("gymnasium-robotics", "mujoco"),
     reward_note="1 for each of 50 steps at the goal; success: at the goal at the last step",
     success_at_end=at_goal,
-    renders_with_gl=True,
 )

@@ -33,5 +33,4 @@ FAMILY = Family(
     packages=("gymnasium", "mujoco"),
     reward_note="the environment's own reward; no success",
     success_at_end=None,
-    renders_with_gl=True,
 )

@@ -82,5 +82,4 @@ FAMILY = Family(
     packages=("gym-pusht", "pymunk"),
     reward_note="coverage of the goal / 0.95, ends at success; success: coverage above 0.95",
     success_at_end=reached,
-    renders_with_gl=False,
 )

@@ -89,5 +89,4 @@ FAMILY = Family(
     packages=("gymnasium",),
     reward_note="1 - distance to the goal, 20 steps; success: within 0.1 at the last step",
     success_at_end=at_goal,
-    renders_with_gl=False,
 )
