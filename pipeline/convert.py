@@ -15,6 +15,7 @@ from pathlib import Path
 from modip.config import Params
 from modip.data import episodes, parquet, pusht
 from modip.errors import UserError
+from modip.files import write_atomically
 from pipeline import stage
 from pipeline.download import RAW
 
@@ -41,7 +42,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
     episodes.write(target, found)
     facts = episodes.statistics(found)
     text = json.dumps(facts, indent=2) + "\n"
-    episodes.write_atomically(target.with_suffix(".json"), lambda path: path.write_text(text))
+    write_atomically(target.with_suffix(".json"), lambda path: path.write_text(text))
     success = facts["success_rate"]
     log.info(
         "%s: %d episodes, %d steps, return %.4g ± %.4g, %s",

@@ -16,6 +16,7 @@ from pathlib import Path
 from modip.config import Params
 from modip.data import episodes, fetch, toy
 from modip.errors import UserError
+from modip.files import write_atomically
 from pipeline import stage
 
 log = logging.getLogger(__name__)
@@ -39,11 +40,11 @@ def body(args: argparse.Namespace, params: Params) -> None:
             raise UserError(
                 f"params.yaml: data.{args.dataset}.path: no file {origin}; correct the path"
             )
-        episodes.write_atomically(target, lambda path: shutil.copyfile(origin, path))
+        write_atomically(target, lambda path: shutil.copyfile(origin, path))
     with target.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     record = json.dumps({**source.model_dump(), "sha256": sha256}, indent=2) + "\n"
-    episodes.write_atomically(target.with_name("source.json"), lambda path: path.write_text(record))
+    write_atomically(target.with_name("source.json"), lambda path: path.write_text(record))
     log.info("%s: %s, sha256 %s", args.dataset, target, sha256)
 
 

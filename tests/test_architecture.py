@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 # A file of modip imports files of strictly lower layers; packages count as one, envs below the data made in them.
 LAYERS = [
-    {"errors", "data.sources"},  # the sources' fields in params.yaml: a schema, read by config
+    {"errors"},
+    {"files", "data.sources"},  # the sources' fields in params.yaml: a schema, read by config
     {"config", "types"},
     {"returns", "nets", "normalizer", "mppi", "denoising_mdp", "video", "checkpoint"},
     {"diffusion", "critics", "world_model", "envs"},

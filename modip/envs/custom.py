@@ -45,7 +45,7 @@ def make(env_id: str, render_mode: str | None) -> Adapter:
     if env_id not in gymnasium.registry:
         fetch.register()  # the rest of gymnasium-robotics: kitchen, hands, mazes
     # An environment that draws nothing may not know the argument at all.
-    wanted = {} if render_mode is None else {"render_mode": render_mode}
+    wanted: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     return _CustomAdapter(gymnasium.make(env_id, disable_env_checker=True, **wanted))
 
 
