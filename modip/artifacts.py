@@ -46,7 +46,9 @@ class Policy:
             )
         if not bool(torch.isfinite(x).all()):
             raise UserError("obs: holds a value that is not finite; check the sensor or simulator")
-        chunk = self.net.sample(x.reshape(-1, self.spec.obs_dim), self.generator)[:, : self.net.act_steps]
+        chunk = self.net.sample(x.reshape(-1, self.spec.obs_dim), self.generator)[
+            :, : self.net.act_steps
+        ]
         chunk = chunk.reshape(*x.shape[:-1], *chunk.shape[1:])
         return chunk if isinstance(obs, Tensor) else chunk.cpu().numpy()
 
@@ -64,10 +66,14 @@ def _normalizer(dim: int) -> Normalizer:
     return Normalizer(torch.zeros(dim), torch.ones(dim))
 
 
-def save_policy(path: Path, policy: DiffusionPolicy, cell: Cell, spec: Spec, meta: dict[str, Any]) -> None:
+def save_policy(
+    path: Path, policy: DiffusionPolicy, cell: Cell, spec: Spec, meta: dict[str, Any]
+) -> None:
     """Write the policy alone; `meta` says where it came from."""
     config = {"chunk": cell.chunk.model_dump(), "diffusion": cell.diffusion.model_dump()}
-    checkpoint.save(path, "policy", policy.state_dict(), {"spec": asdict(spec), "config": config, **meta})
+    checkpoint.save(
+        path, "policy", policy.state_dict(), {"spec": asdict(spec), "config": config, **meta}
+    )
 
 
 def read_policy(path: Path) -> tuple[DiffusionPolicy, Spec]:
@@ -76,7 +82,9 @@ def read_policy(path: Path) -> tuple[DiffusionPolicy, Spec]:
     spec = Spec(**meta["spec"])
     chunk = ChunkConfig.model_validate(meta["config"]["chunk"])
     config = DiffusionConfig.model_validate(meta["config"]["diffusion"])
-    policy = DiffusionPolicy(spec.obs_dim, spec.action_dim, chunk, config, _normalizer(spec.obs_dim))
+    policy = DiffusionPolicy(
+        spec.obs_dim, spec.action_dim, chunk, config, _normalizer(spec.obs_dim)
+    )
     policy.load_state_dict(state)
     return policy, spec
 
@@ -101,4 +109,6 @@ def restore_model(path: Path, model: WorldModel, critics: Critics, spec: Spec) -
 def expect_spec(path: Path, found: Spec, wanted: Spec) -> None:
     """Raises UserError if a checkpoint was made for another data set, environment or dimensions."""
     if found != wanted:
-        raise UserError(f"{path}: made for {found}, wanted {wanted}; run the stage that writes it again")
+        raise UserError(
+            f"{path}: made for {found}, wanted {wanted}; run the stage that writes it again"
+        )

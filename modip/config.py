@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from modip.data.sources import SourceConfig
 from modip.errors import UserError
@@ -55,7 +56,9 @@ class ChunkConfig(Section):
 class DiffusionConfig(Section):
     """The diffusion policy and its behaviour cloning."""
 
-    prediction: Literal["sample", "epsilon", "v"] = Field(description="what the network outputs: x0, noise, or v")
+    prediction: Literal["sample", "epsilon", "v"] = Field(
+        description="what the network outputs: x0, noise, or v"
+    )
     denoising_steps: Count = Field(description="K, steps of the training schedule")
     sampling_steps: Count = Field(description="steps used to sample, at most denoising_steps")
     eta: Share = Field(description="1 = ancestral sampling, 0 = deterministic DDIM")
@@ -80,7 +83,9 @@ class DiffusionConfig(Section):
 class WorldModelConfig(Section):
     """The world model and its pre-training."""
 
-    encoder: Literal["identity", "simnorm"] = Field(description="latent: normalised observation, or learned")
+    encoder: Literal["identity", "simnorm"] = Field(
+        description="latent: normalised observation, or learned"
+    )
     latent_dim: Annotated[int, Field(ge=8, multiple_of=8)] = Field(description="Dz of simnorm")
     ensemble: Count = Field(description="members")
     width: Count = Field(description="units per layer")
@@ -110,7 +115,9 @@ class CriticsConfig(Section):
     n_step: Count = Field(description="rewards summed before the bootstrap")
     expectile: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="of Q that V learns")
     discount: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="per environment step")
-    reward_offset: float = Field(description="added to each reward before learning (a cost of time)")
+    reward_offset: float = Field(
+        description="added to each reward before learning (a cost of time)"
+    )
     updates: Count = Field(description="offline gradient steps")
     batch_size: Count = Field(description="windows per update")
     lr: Positive = Field(description="AdamW rate")
@@ -126,14 +133,20 @@ class MPPIConfig(Section):
     prior_samples: Count = Field(description="chunks of the prior among the candidates")
     perturbed_samples: Annotated[int, Field(ge=0)] = Field(description="noisy copies of them")
     perturbation: NonNegative = Field(description="std of that noise")
-    samples: Annotated[int, Field(ge=0)] = Field(description="Gaussian draws per round; 0 = best of the candidates")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        description="Gaussian draws per round; 0 = best of the candidates"
+    )
     iterations: Annotated[int, Field(ge=0)] = Field(description="rounds of Gaussian refinement")
     elites: Count = Field(description="sequences kept per round")
     temperature: Positive = Field(description="divides the standardised value of the elites")
     min_std: Positive = Field(description="smallest spread of the Gaussians")
     max_std: Positive = Field(description="largest spread of the Gaussians")
-    penalty: NonNegative = Field(description="cost of one standard deviation of the members' disagreement")
-    selection: Literal["mean", "best"] = Field(description="execute the weighted mean or the best sequence")
+    penalty: NonNegative = Field(
+        description="cost of one standard deviation of the members' disagreement"
+    )
+    selection: Literal["mean", "best"] = Field(
+        description="execute the weighted mean or the best sequence"
+    )
     terminal_value: Literal["state_value", "policy_action_value"] = Field(
         description="V(z_h), or Q(z_h, a) with a sampled from the policy (ablation)"
     )
@@ -153,8 +166,12 @@ class ModipConfig(Section):
     """The MODIP agent's online phase."""
 
     planning: bool = Field(description="act with the plan; false = with the policy (ablation)")
-    offline_pretraining: bool = Field(description="start from the pre-trained parts; false = from scratch (ablation)")
-    env_steps: Count = Field(description="environment steps in all, the final distillation's included")
+    offline_pretraining: bool = Field(
+        description="start from the pre-trained parts; false = from scratch (ablation)"
+    )
+    env_steps: Count = Field(
+        description="environment steps in all, the final distillation's included"
+    )
     num_envs: Count = Field(description="environments stepped together")
     explore_std: NonNegative = Field(description="Gaussian noise on executed plans")
     model_updates: NonNegative = Field(description="world-model updates per environment step")
@@ -165,12 +182,24 @@ class ModipConfig(Section):
     policy_lr: Positive = Field(description="online AdamW rate, decayed to a tenth by a cosine")
     offline_share: Share = Field(description="share of the data set in model and critic batches")
     demo_share: DemoShareConfig
-    imagined_share: Share = Field(description="share of imagined plans in the rest of the policy's batches")
-    imagined_states: Count = Field(description="states planned for per decision, for the imagined plans")
-    fresh_steps: Count = Field(description="age limit, in environment steps, of executed chunks and plans")
-    keep: Share = Field(description="share of fresh episodes, by real return, whose chunks are distilled")
-    final_env_steps: Annotated[int, Field(ge=0)] = Field(description="last steps, with the planner frozen")
-    final_updates: Annotated[int, Field(ge=0)] = Field(description="distillation updates after them")
+    imagined_share: Share = Field(
+        description="share of imagined plans in the rest of the policy's batches"
+    )
+    imagined_states: Count = Field(
+        description="states planned for per decision, for the imagined plans"
+    )
+    fresh_steps: Count = Field(
+        description="age limit, in environment steps, of executed chunks and plans"
+    )
+    keep: Share = Field(
+        description="share of fresh episodes, by real return, whose chunks are distilled"
+    )
+    final_env_steps: Annotated[int, Field(ge=0)] = Field(
+        description="last steps, with the planner frozen"
+    )
+    final_updates: Annotated[int, Field(ge=0)] = Field(
+        description="distillation updates after them"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -183,7 +212,9 @@ class ModipConfig(Section):
     @property
     def num_policy_updates(self) -> int:
         """All the DP's gradient steps of the online phase: what the BC control gets too."""
-        return int(self.policy_updates * (self.env_steps - self.final_env_steps)) + self.final_updates
+        return (
+            int(self.policy_updates * (self.env_steps - self.final_env_steps)) + self.final_updates
+        )
 
 
 class EvaluationConfig(Section):
@@ -191,7 +222,9 @@ class EvaluationConfig(Section):
 
     episodes: Count = Field(description="final episodes per policy, with fixed seeds")
     num_envs: Count = Field(description="environments stepped together")
-    first_seed: Annotated[int, Field(ge=0)] = Field(description="episode i starts from seed first_seed + i")
+    first_seed: Annotated[int, Field(ge=0)] = Field(
+        description="episode i starts from seed first_seed + i"
+    )
     curve_points: Count = Field(description="evaluations along the online phase")
     curve_episodes: Count = Field(description="episodes per policy and point of the curve")
     videos: Annotated[int, Field(ge=0)] = Field(description="start states filmed before and after")
@@ -223,7 +256,10 @@ class Cell(Section):
                 f"critics.ensemble {self.critics.ensemble} is not a multiple of world_model.ensemble "
                 f"{self.world_model.ensemble}: each critic judges the latents of one model member"
             )
-        if self.mppi.terminal_value == "policy_action_value" and self.world_model.encoder == "simnorm":
+        if (
+            self.mppi.terminal_value == "policy_action_value"
+            and self.world_model.encoder == "simnorm"
+        ):
             raise ValueError(
                 "mppi.terminal_value policy_action_value needs world_model.encoder identity: the policy reads "
                 "observations, and a simnorm latent has none"
@@ -281,7 +317,9 @@ def load(path: Path) -> Params:
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run from the project's root or give --params") from None
+        raise UserError(
+            f"{path}: no such file; run from the project's root or give --params"
+        ) from None
     except YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -300,7 +338,9 @@ def build(tree: dict[str, Any], path: Path) -> Params:
             raise UserError(f"{path}: section {key!r} is missing; add it")
     for key in ("dataset", "agent", "seed"):
         if not isinstance(tree[key], list) or not tree[key]:
-            raise UserError(f"{path}: {key} (value {tree[key]!r}) must be a list, as in {key}: [{tree[key]}]")
+            raise UserError(
+                f"{path}: {key} (value {tree[key]!r}) must be a list, as in {key}: [{tree[key]}]"
+            )
     if not isinstance(tree["data"], dict):
         raise UserError(f"{path}: data must map data set ids to their sources")
     for name in SECTIONS:
@@ -312,10 +352,15 @@ def build(tree: dict[str, Any], path: Path) -> Params:
                 raise UserError(unknown(f"{path}: {name}.by_dataset", str(dataset), tree["data"]))
         for dataset in tree["data"]:
             if dataset not in section["by_dataset"]:
-                raise UserError(f"{path}: {name}.by_dataset lacks {dataset!r}; add `{dataset}: {{}}`")
+                raise UserError(
+                    f"{path}: {name}.by_dataset lacks {dataset!r}; add `{dataset}: {{}}`"
+                )
     cells = {}
     for dataset, source in tree["data"].items():
-        values = {name: _merge(tree[name]["base"], tree[name]["by_dataset"][dataset] or {}) for name in SECTIONS}
+        values = {
+            name: _merge(tree[name]["base"], tree[name]["by_dataset"][dataset] or {})
+            for name in SECTIONS
+        }
         cell = {"dataset": dataset, "source": source, "runtime": tree["runtime"], **values}
         try:
             cells[dataset] = Cell.model_validate(cell)

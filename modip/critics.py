@@ -22,10 +22,14 @@ class Critics(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, latent_dim: int, action_dim: int, config: CriticsConfig, mean: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self, latent_dim: int, action_dim: int, config: CriticsConfig, mean: Tensor, scale: Tensor
+    ) -> None:
         super().__init__()
         self.ensemble = config.ensemble
-        self.q_net = EnsembleMLP(config.ensemble, latent_dim + action_dim, 1, config.width, config.layers)
+        self.q_net = EnsembleMLP(
+            config.ensemble, latent_dim + action_dim, 1, config.width, config.layers
+        )
         self.v_net = EnsembleMLP(config.ensemble, latent_dim, 1, config.width, config.layers)
         self.register_buffer("mean", mean.clone())
         self.register_buffer("scale", scale.clamp(min=1e-3))
@@ -33,11 +37,15 @@ class Critics(nn.Module):
     def q(self, latent: Tensor, action: Tensor) -> Tensor:
         """(E, B, Dz) or (B, Dz), action likewise -> (E, B)."""
         x = torch.cat([latent, action], -1)
-        return self.mean + self.scale * self.q_net(x.expand(self.ensemble, *x.shape[-2:])).squeeze(-1)
+        return self.mean + self.scale * self.q_net(x.expand(self.ensemble, *x.shape[-2:])).squeeze(
+            -1
+        )
 
     def v(self, latent: Tensor) -> Tensor:
         """(E, B, Dz) or (B, Dz) -> (E, B)."""
-        return self.mean + self.scale * self.v_net(latent.expand(self.ensemble, *latent.shape[-2:])).squeeze(-1)
+        return self.mean + self.scale * self.v_net(
+            latent.expand(self.ensemble, *latent.shape[-2:])
+        ).squeeze(-1)
 
 
 def returns_to_go(reward: Tensor, end: Tensor, discount: float) -> Tensor:
@@ -78,7 +86,13 @@ def expectile_loss(error: Tensor, expectile: float) -> Tensor:
 
 
 def loss(
-    critics: Critics, target: Critics, latent: Tensor, action: Tensor, y: Tensor, weight: Tensor, expectile: float
+    critics: Critics,
+    target: Critics,
+    latent: Tensor,
+    action: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    expectile: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Q to the targets, V to an expectile of the averaged Q.
 

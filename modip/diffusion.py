@@ -30,7 +30,12 @@ class DiffusionPolicy(nn.Module):
     alpha_bar: Tensor
 
     def __init__(
-        self, obs_dim: int, action_dim: int, chunk: ChunkConfig, config: DiffusionConfig, normalizer: Normalizer
+        self,
+        obs_dim: int,
+        action_dim: int,
+        chunk: ChunkConfig,
+        config: DiffusionConfig,
+        normalizer: Normalizer,
     ) -> None:
         super().__init__()
         self.shape = (chunk.horizon, action_dim)
@@ -43,7 +48,9 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("alpha_bar", cosine_alpha_bar(config.denoising_steps))
         self._schedule = self._sampling_schedule(config.sampling_steps, config.eta)
 
-    def _sampling_schedule(self, steps: int, eta: float) -> list[tuple[int, float, float, float, float, float]]:
+    def _sampling_schedule(
+        self, steps: int, eta: float
+    ) -> list[tuple[int, float, float, float, float, float]]:
         """(denoising step, a, s, c_x0, c_eps, sigma) per sampling step, as Python floats: no lookups in the loop.
 
         x_prev = c_x0 * x0 + c_eps * eps + sigma * noise (DDIM, Song et al. 2021, eq. 12 and 16; eta = 1 is ancestral).
@@ -82,14 +89,20 @@ class DiffusionPolicy(nn.Module):
         return (error * mask).sum() / mask.sum().clamp(min=1.0)
 
     @torch.no_grad()
-    def sample(self, obs: Tensor, generator: torch.Generator, noise: Tensor | None = None) -> Tensor:
+    def sample(
+        self, obs: Tensor, generator: torch.Generator, noise: Tensor | None = None
+    ) -> Tensor:
         """One chunk per observation: obs (B, Do), noise (B, H, Da) or None -> (B, H, Da).
 
         `noise` replaces the initial draw (DSRL steers it); the later draws of eta > 0 stay random.
         """
         b = obs.shape[0]
         size = (b, self.shape[0] * self.shape[1])
-        x = torch.randn(size, generator=generator, device=obs.device) if noise is None else noise.reshape(size)
+        x = (
+            torch.randn(size, generator=generator, device=obs.device)
+            if noise is None
+            else noise.reshape(size)
+        )
         condition = self.net.condition(self.normalizer(obs))
         for k, a, s, c_x0, c_eps, sigma in self._schedule:
             out = self.net(x, k, condition)

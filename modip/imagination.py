@@ -39,5 +39,8 @@ def planned_return(
         value = critics.q(end, flat.view(*end.shape[:2], da))
     weights = out.reward.new_tensor([discount**i for i in range(h)])
     reward = (out.reward * out.alive[..., :-1]) @ weights
-    total = reward.repeat_interleave(copies, 0) + discount**h * out.alive[..., -1].repeat_interleave(copies, 0) * value
+    total = (
+        reward.repeat_interleave(copies, 0)
+        + discount**h * out.alive[..., -1].repeat_interleave(copies, 0) * value
+    )
     return total.view(-1, b, n)

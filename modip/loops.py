@@ -1,7 +1,4 @@
-"""The two loops, which know an agent only by its protocol: `Interaction`, and `evaluate` for every figure.
-
-Offline fitting is an interaction whose budget of environment steps is zero.
-"""
+"""The loops: `Fit` offline, `Interaction` online, and `evaluate` for every figure. Agents are known by protocol only."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modip.envs import BatchedEnv
-from modip.types import Agent, ChunkStep, Metrics, State
+from modip.types import Agent, ChunkStep, Learns, Metrics, State
 
 ActFn = Callable[[Tensor, torch.Generator], Tensor]
 """(B, Do) -> (B, Ta, Da), drawing its noise from the generator."""
@@ -75,7 +72,9 @@ def evaluate(
     that begins with episode `first` (a recorder), and `on_done(n)` counts finished episodes.
     """
     batch = len(env.obs)
-    out = Episodes([0.0] * len(seeds), [False] * len(seeds), [0] * len(seeds), [-np.inf] * len(seeds))
+    out = Episodes(
+        [0.0] * len(seeds), [False] * len(seeds), [0] * len(seeds), [-np.inf] * len(seeds)
+    )
     for first in range(0, len(seeds), batch):
         these = list(seeds[first : first + batch])
         env.reset(range(len(these)), these)
@@ -100,6 +99,30 @@ def evaluate(
     return out
 
 
+class Fit:
+    """Offline learning, one update per `advance`, until there is nothing to learn."""
+
+    def __init__(self, learner: Learns) -> None:
+        self.learner = learner
+        self.env_steps = 0
+        self.grad_steps = 0
+
+    def advance(self) -> Metrics | None:
+        """One update's metrics; None at the end."""
+        metrics = self.learner.update()
+        if not metrics:
+            return None
+        self.grad_steps += 1
+        return metrics
+
+    def state_dict(self) -> State:
+        return {"learner": self.learner.state_dict(), "grad_steps": self.grad_steps}
+
+    def load_state_dict(self, state: State) -> None:
+        self.learner.load_state_dict(state["learner"])
+        self.grad_steps = state["grad_steps"]
+
+
 class Interaction:
     """An agent at work: acts when it has nothing to learn, learns when it has, until the budget is spent.
 
@@ -107,33 +130,29 @@ class Interaction:
     are replayed from their seeds.
     """
 
-    def __init__(self, agent: Agent, env: BatchedEnv | None, *, env_steps: int, seed: int) -> None:
-        """`env` may be None when `env_steps` is 0. Training episodes start from seeds of their own range."""
+    def __init__(self, agent: Agent, env: BatchedEnv, *, env_steps: int, seed: int) -> None:
+        """Training episodes start from seeds of their own range, far from the evaluation's."""
         self.agent, self.env, self.budget = agent, env, env_steps
         self.next_seed = 1_000_000 * (seed + 1)
         self.generator = torch.Generator().manual_seed(seed)
         self.env_steps = 0
         self.grad_steps = 0
-        if env is not None:
-            self._reset(range(len(env.obs)))
+        self._reset(range(env.num_envs))
 
     def _reset(self, rows: Sequence[int]) -> None:
-        assert self.env is not None
-        seeds = range(self.next_seed, self.next_seed + len(rows))
-        self.env.reset(rows, seeds)
+        self.env.reset(rows, range(self.next_seed, self.next_seed + len(rows)))
         self.next_seed += len(rows)
 
     def advance(self) -> Metrics | None:
-        """One update, or one chunk in every environment; the update's metrics, {} after a chunk, None at the end."""
+        """One update, or one chunk in every environment: the update's metrics, {} after a chunk, None at the end."""
         metrics = self.agent.update()
         if metrics:
             self.grad_steps += 1
             return metrics
-        if self.env is None or self.env_steps >= self.budget:
+        if self.env_steps >= self.budget:
             return None
-        rows = torch.arange(len(self.env.obs))
         chunk = self.agent.act(self.env.obs, self.generator, explore=True)
-        step, _ = run_chunk(self.env, chunk, rows)
+        step, _ = run_chunk(self.env, chunk, torch.arange(self.env.num_envs))
         self.env_steps += step.env_steps
         self.agent.observe(step)
         ended = (step.terminated | step.truncated).any(1).nonzero().flatten().tolist()
@@ -144,7 +163,7 @@ class Interaction:
     def state_dict(self) -> State:
         return {
             "agent": self.agent.state_dict(),
-            "env": None if self.env is None else self.env.state_dict(),
+            "env": self.env.state_dict(),
             "generator": self.generator.get_state(),
             "next_seed": self.next_seed,
             "env_steps": self.env_steps,
@@ -153,8 +172,7 @@ class Interaction:
 
     def load_state_dict(self, state: State) -> None:
         self.agent.load_state_dict(state["agent"])
-        if self.env is not None:
-            self.env.load_state_dict(state["env"])
+        self.env.load_state_dict(state["env"])
         self.generator.set_state(state["generator"])
         self.next_seed = state["next_seed"]
         self.env_steps, self.grad_steps = state["env_steps"], state["grad_steps"]

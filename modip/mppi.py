@@ -17,7 +17,9 @@ ValueFn = Callable[[Tensor], Tensor]
 """Planned return of action sequences, (B, N, h, Da) -> (B, N), larger is better."""
 
 
-def refit(action: Tensor, value: Tensor, config: MPPIConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def refit(
+    action: Tensor, value: Tensor, config: MPPIConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Elites, their values, and their weighted mean and spread.
 
     action (B, N, h, Da), value (B, N) -> elites (B, M, h, Da), values (B, M), mean and std (B, h, Da).
@@ -26,7 +28,9 @@ def refit(action: Tensor, value: Tensor, config: MPPIConfig) -> tuple[Tensor, Te
     elite_value, index = value.topk(min(config.elites, value.shape[1]), dim=1)
     elites = torch.gather(action, 1, index[..., None, None].expand(-1, -1, *action.shape[2:]))
     spread = elite_value.std(1, keepdim=True, correction=0).clamp(min=1e-6)
-    weight = torch.softmax((elite_value - elite_value[:, :1]) / spread / config.temperature, 1)[..., None, None]
+    weight = torch.softmax((elite_value - elite_value[:, :1]) / spread / config.temperature, 1)[
+        ..., None, None
+    ]
     mean = (weight * elites).sum(1)
     std = (weight * (elites - mean.unsqueeze(1)).square()).sum(1).sqrt()
     return elites, elite_value, mean, std.clamp(config.min_std, config.max_std)
@@ -63,8 +67,12 @@ def plan(
     for _ in range(config.iterations if config.samples else 0):
         drawn = gaussians()
         pool = torch.cat([elites, drawn], 1)
-        elites, elite_value, mean, std = refit(pool, torch.cat([elite_value, value_fn(drawn)], 1), config)
+        elites, elite_value, mean, std = refit(
+            pool, torch.cat([elite_value, value_fn(drawn)], 1), config
+        )
     if not torch.isfinite(elite_value).all() or not torch.isfinite(prior_value).all():
-        raise FloatingPointError("a planned return is not finite: the world model or the critics have diverged")
+        raise FloatingPointError(
+            "a planned return is not finite: the world model or the critics have diverged"
+        )
     chunk = mean if config.selection == "mean" else elites[:, 0]
     return Plan(chunk, elite_value[:, 0], prior_value, mean, std)

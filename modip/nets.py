@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Generic, TypeVar
 
@@ -22,7 +23,9 @@ class Denoiser(nn.Module):
     sampling computes the observation's part once for all K steps.
     """
 
-    def __init__(self, obs_dim: int, chunk_dim: int, num_steps: int, width: int, blocks: int) -> None:
+    def __init__(
+        self, obs_dim: int, chunk_dim: int, num_steps: int, width: int, blocks: int
+    ) -> None:
         super().__init__()
         self.inp = nn.Linear(chunk_dim, width)
         self.obs = nn.Linear(obs_dim, width)
@@ -66,7 +69,9 @@ class EnsembleMLP(nn.Module):
     def __init__(self, ensemble: int, inp: int, out: int, width: int, layers: int) -> None:
         super().__init__()
         dims = [inp] + [width] * layers
-        self.hidden = nn.ModuleList(EnsembleLinear(ensemble, a, b) for a, b in zip(dims, dims[1:], strict=False))
+        self.hidden = nn.ModuleList(
+            EnsembleLinear(ensemble, a, b) for a, b in itertools.pairwise(dims)
+        )
         self.gain = nn.Parameter(torch.ones(layers, ensemble, 1, width))
         self.shift = nn.Parameter(torch.zeros(layers, ensemble, 1, width))
         self.out = EnsembleLinear(ensemble, width, out)
@@ -94,14 +99,28 @@ class Learner(Generic[M]):
     """
 
     def __init__(
-        self, module: M, *, lr: float, weight_decay: float, grad_clip: float, ema_decay: float, num_updates: int
+        self,
+        module: M,
+        *,
+        lr: float,
+        weight_decay: float,
+        grad_clip: float,
+        ema_decay: float,
+        num_updates: int,
     ) -> None:
         """`num_updates` > 0 decays the rate to a tenth by a cosine over that many; 0 keeps it constant."""
         self.module = module
         self.ema = copy.deepcopy(module).requires_grad_(False)
-        self.lr, self.grad_clip, self.ema_decay, self.num_updates = lr, grad_clip, ema_decay, num_updates
+        self.lr, self.grad_clip, self.ema_decay, self.num_updates = (
+            lr,
+            grad_clip,
+            ema_decay,
+            num_updates,
+        )
         self.params = list(module.parameters())
-        self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=lr, weight_decay=weight_decay, fused=True
+        )
         self.grad_steps = 0
 
     def step(self, loss: Tensor) -> None:
@@ -112,7 +131,7 @@ class Learner(Generic[M]):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.params, self.grad_clip, foreach=True)
         self.optimizer.step()
         self.grad_steps += 1

@@ -43,7 +43,11 @@ def new_critics(cell: Cell, spec: Spec, demos: Replay, latent_dim: int) -> Criti
 
 
 def learner(
-    module: M, config: DiffusionConfig | WorldModelConfig | CriticsConfig, *, lr: float, num_updates: int
+    module: M,
+    config: DiffusionConfig | WorldModelConfig | CriticsConfig,
+    *,
+    lr: float,
+    num_updates: int,
 ) -> Learner[M]:
     """A module with its section's optimiser; `num_updates` > 0 decays the rate over that many."""
     return Learner(
@@ -52,7 +56,9 @@ def learner(
     )  # fmt: skip
 
 
-def update_policy(policy: Learner[DiffusionPolicy], window: Window, generator: torch.Generator) -> Metrics:
+def update_policy(
+    policy: Learner[DiffusionPolicy], window: Window, generator: torch.Generator
+) -> Metrics:
     """One step of the denoising loss on the window's actions."""
     loss = policy.module.loss(window.obs[:, 0], window.action, window.mask, generator)
     policy.step(loss)
@@ -86,6 +92,8 @@ def update_critics(
         else:
             next_value = critics.ema.q(next_latent, policy.sample(next_obs, generator)[:, 0])
         y = td.td_target(reward, discount, next_value)
-    loss, parts = td.loss(critics.module, critics.ema, latent, window.action[:, 0], y, weight, config.expectile)
+    loss, parts = td.loss(
+        critics.module, critics.ema, latent, window.action[:, 0], y, weight, config.expectile
+    )
     critics.step(loss)
     return {f"critic_{name}": value for name, value in parts.items()}

@@ -17,13 +17,22 @@ class Pretraining:
     """First `world_model.updates`, then `critics.updates`; the averaged weights are the result."""
 
     def __init__(
-        self, policy: DiffusionPolicy, model: WorldModel, critics: Critics, cell: Cell, demos: Replay, *, seed: int
+        self,
+        policy: DiffusionPolicy,
+        model: WorldModel,
+        critics: Critics,
+        cell: Cell,
+        demos: Replay,
+        *,
+        seed: int,
     ) -> None:
         self.cell, self.demos, self.policy = cell, demos, policy
         self.model = learner(
             model, cell.world_model, lr=cell.world_model.lr, num_updates=cell.world_model.updates
         )
-        self.critics = learner(critics, cell.critics, lr=cell.critics.lr, num_updates=cell.critics.updates)
+        self.critics = learner(
+            critics, cell.critics, lr=cell.critics.lr, num_updates=cell.critics.updates
+        )
         self.generator = torch.Generator(demos.table.device).manual_seed(seed)
 
     def update(self) -> Metrics:

@@ -16,7 +16,9 @@ from modip.types import ChunkStep, State, Window
 class Replay:
     """`capacity` rows for each of `streams` environments."""
 
-    def __init__(self, streams: int, capacity: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
+    def __init__(
+        self, streams: int, capacity: int, obs_dim: int, action_dim: int, device: torch.device
+    ) -> None:
         self.obs_dim, self.action_dim, self.capacity = obs_dim, action_dim, capacity
         self.table = torch.zeros(streams * capacity, obs_dim + action_dim + 2, device=device)
         self.end = torch.zeros(streams * capacity, dtype=torch.int64, device=device)
@@ -26,17 +28,19 @@ class Replay:
         self._start = [0] * streams  # first row of the running episode, relative to the stream
 
     @classmethod
-    def from_episodes(cls, episodes: Episodes, reward_offset: float, device: torch.device) -> Replay:
+    def from_episodes(
+        cls, episodes: Episodes, reward_offset: float, device: torch.device
+    ) -> Replay:
         """Pack a data set once; `reward_offset` is added to each reward."""
         n, obs_dim = episodes.observation.shape
         replay = cls(1, n, obs_dim, episodes.action.shape[1], device)
-        replay.table[:, :obs_dim] = torch.from_numpy(episodes.observation)
-        replay.table[:, obs_dim:-2] = torch.from_numpy(episodes.action)
-        replay.table[:, -2] = torch.from_numpy(episodes.reward) + reward_offset
-        replay.table[:, -1] = torch.from_numpy(episodes.terminated).float()
-        lengths = torch.from_numpy(episodes.lengths)
-        replay.end[:] = torch.from_numpy(episodes.starts[1:]).repeat_interleave(lengths)
-        returns = torch.from_numpy(episodes.returns).float() + reward_offset * lengths
+        replay.table[:, :obs_dim] = torch.tensor(episodes.observation)
+        replay.table[:, obs_dim:-2] = torch.tensor(episodes.action)
+        replay.table[:, -2] = torch.tensor(episodes.reward) + reward_offset
+        replay.table[:, -1] = torch.tensor(episodes.terminated).float()
+        lengths = torch.tensor(episodes.lengths)
+        replay.end[:] = torch.tensor(episodes.starts[1:]).repeat_interleave(lengths)
+        returns = torch.tensor(episodes.returns).float() + reward_offset * lengths
         replay.episode_return[:] = returns.repeat_interleave(lengths)
         replay.filled[0] = n
         return replay
@@ -54,7 +58,9 @@ class Replay:
         count = step.env_steps
         base, head = stream * self.capacity, int(self.filled[stream])
         if head + count > self.capacity:
-            raise RuntimeError(f"replay stream {stream} holds {self.capacity} rows; {head + count} were given")
+            raise RuntimeError(
+                f"replay stream {stream} holds {self.capacity} rows; {head + count} were given"
+            )
         begin, stop = base + self._start[stream], base + head + count
         rows = self.table[base + head : stop]
         rows[:, : self.obs_dim] = step.obs[0, :count]
@@ -67,13 +73,17 @@ class Replay:
             self.episode_return[begin:stop] = self.table[begin:stop, -2].sum()
             self._start[stream] = head + count
 
-    def sample_rows(self, size: int, generator: torch.Generator, fresh: int | None = None) -> Tensor:
+    def sample_rows(
+        self, size: int, generator: torch.Generator, fresh: int | None = None
+    ) -> Tensor:
         """`size` row indices, uniform over the streams' last `fresh` rows (None: all), (size,)."""
         device = self.table.device
         stream = torch.randint(len(self.filled), (size,), generator=generator, device=device)
         filled = self.filled[stream]
         span = filled if fresh is None else filled.clamp(max=fresh)
-        offset = (torch.rand(size, generator=generator, device=device, dtype=torch.float64) * span).long()
+        offset = (
+            torch.rand(size, generator=generator, device=device, dtype=torch.float64) * span
+        ).long()
         return stream * self.capacity + (filled - span) + offset
 
     def window(self, rows: Tensor, length: int) -> Window:

@@ -67,16 +67,8 @@ class Plan(NamedTuple):
     std: Tensor  # (B, h, Da) its spread
 
 
-class Agent(Protocol):
-    """What the loops know of an algorithm."""
-
-    def act(self, obs: Tensor, generator: torch.Generator, *, explore: bool) -> Tensor:
-        """Chunk to execute, (B, Do) -> (B, Ta, Da), drawing its noise from `generator`."""
-        ...
-
-    def observe(self, step: ChunkStep) -> None:
-        """Store what the environments answered."""
-        ...
+class Learns(Protocol):
+    """Whatever learns one unit at a time and can be resumed exactly."""
 
     def update(self) -> Metrics:
         """One unit of learning; {} when it is not time to learn."""
@@ -87,3 +79,15 @@ class Agent(Protocol):
         ...
 
     def load_state_dict(self, state: State) -> None: ...
+
+
+class Agent(Learns, Protocol):
+    """What the loops know of an algorithm."""
+
+    def act(self, obs: Tensor, generator: torch.Generator, *, explore: bool) -> Tensor:
+        """Chunk to execute, (B, Do) -> (B, Ta, Da), drawing its noise from `generator`."""
+        ...
+
+    def observe(self, step: ChunkStep) -> None:
+        """Store what the environments answered."""
+        ...

@@ -52,7 +52,12 @@ class WorldModel(nn.Module):
     reward_std: Tensor
 
     def __init__(
-        self, obs_dim: int, action_dim: int, config: WorldModelConfig, normalizer: Normalizer, scales: Scales
+        self,
+        obs_dim: int,
+        action_dim: int,
+        config: WorldModelConfig,
+        normalizer: Normalizer,
+        scales: Scales,
     ) -> None:
         super().__init__()
         self.config = config
@@ -60,10 +65,14 @@ class WorldModel(nn.Module):
         latent = config.latent_dim if config.encoder == "simnorm" else obs_dim
         self.latent_dim = latent
         self.encoder = (
-            EnsembleMLP(1, obs_dim, latent, config.width, 1) if config.encoder == "simnorm" else None
+            EnsembleMLP(1, obs_dim, latent, config.width, 1)
+            if config.encoder == "simnorm"
+            else None
         )
         # One trunk per member: the change of latent, the reward, the logit of termination.
-        self.net = EnsembleMLP(config.ensemble, latent + action_dim, latent + 2, config.width, config.layers)
+        self.net = EnsembleMLP(
+            config.ensemble, latent + action_dim, latent + 2, config.width, config.layers
+        )
         self.register_buffer("delta", scales.delta.clamp(min=1e-3))
         self.register_buffer("reward_mean", scales.reward_mean.clone())
         self.register_buffer("reward_std", scales.reward_std.clamp(min=1e-3))
@@ -87,7 +96,11 @@ class WorldModel(nn.Module):
             following = torch.addcmul(latent, change, self.delta).clamp(-10.0, 10.0)
         else:
             following = simnorm(change)
-        return following, torch.addcmul(self.reward_mean, reward.squeeze(-1), self.reward_std), logit.squeeze(-1)
+        return (
+            following,
+            torch.addcmul(self.reward_mean, reward.squeeze(-1), self.reward_std),
+            logit.squeeze(-1),
+        )
 
     def rollout(self, latent: Tensor, action: Tensor) -> Rollout:
         """Imagine: latent (B, Dz), action (B, h, Da) -> Rollout of every member."""
@@ -121,16 +134,28 @@ class WorldModel(nn.Module):
             z, reward, logit = self.step(z, action[:, :, i])
             weight = config.rho**i
             here, there = window.mask[:, i], window.mask[:, i + 1]
-            error = F.smooth_l1_loss((z - goal[:, i]) / unit, torch.zeros_like(z), reduction="none", beta=3.0)
-            dynamics = dynamics + weight * (error.mean(-1) * there).sum() / (e * there.sum().clamp(min=1))
+            error = F.smooth_l1_loss(
+                (z - goal[:, i]) / unit, torch.zeros_like(z), reduction="none", beta=3.0
+            )
+            dynamics = dynamics + weight * (error.mean(-1) * there).sum() / (
+                e * there.sum().clamp(min=1)
+            )
             miss = ((reward - window.reward[:, i]) / self.reward_std).square()
-            reward_error = reward_error + weight * (miss * here).sum() / (e * here.sum().clamp(min=1))
+            reward_error = reward_error + weight * (miss * here).sum() / (
+                e * here.sum().clamp(min=1)
+            )
             end = F.binary_cross_entropy_with_logits(
                 logit, window.terminated[:, i].expand(e, b), reduction="none"
             )
             end_error = end_error + weight * (end * here).sum() / (e * here.sum().clamp(min=1))
         total = (
-            config.dynamics_coef * dynamics + config.reward_coef * reward_error + config.end_coef * end_error
+            config.dynamics_coef * dynamics
+            + config.reward_coef * reward_error
+            + config.end_coef * end_error
         ) / steps
-        parts = {"dynamics": dynamics.detach(), "reward": reward_error.detach(), "end": end_error.detach()}
+        parts = {
+            "dynamics": dynamics.detach(),
+            "reward": reward_error.detach(),
+            "end": end_error.detach(),
+        }
         return total, parts

@@ -10,7 +10,6 @@ import argparse
 import logging
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,11 +100,22 @@ def body(args: argparse.Namespace, params: Params) -> None:
     training.check_env(task, env)
     parts: tuple[DiffusionPolicy, WorldModel, Critics] | None = None
     if args.agent == "bc":
-        judged = [_policy(task, task.pretrained / "policy", "bc"), _policy(task, final / "policy", "control")]
+        judged = [
+            _policy(task, task.pretrained / "policy", "bc"),
+            _policy(task, final / "policy", "control"),
+        ]
     else:
         judged = [_policy(task, final / "policy", "final")]
         parts = _planner(task, final)
-        judged.append(Judged("final", "planner", _plan_with(cell, *parts), judged[0].env_steps, judged[0].grad_steps))
+        judged.append(
+            Judged(
+                "final",
+                "planner",
+                _plan_with(cell, *parts),
+                judged[0].env_steps,
+                judged[0].grad_steps,
+            )
+        )
     seeds = list(range(config.first_seed, config.first_seed + config.episodes))
     results: dict[str, dict[str, Any]] = {}
     episodes: dict[str, dict[str, Any]] = {}
@@ -124,7 +134,10 @@ def body(args: argparse.Namespace, params: Params) -> None:
                 "success": found.success if env.spec.has_success else None,
             }  # fmt: skip
             if recorder is not None and parts is not None:
-                training.write_json(out / "details" / "calibration.json", calibration(cell, recorder, parts[1], parts[2]))
+                training.write_json(
+                    out / "details" / "calibration.json",
+                    calibration(cell, recorder, parts[1], parts[2]),
+                )
     head = {
         "dataset": args.dataset, "env": task.spec.env_id, "env_version": task.env_version,
         "agent": args.agent, "seed": args.seed,
@@ -157,7 +170,9 @@ def _planner(task: Task, final: Path) -> tuple[DiffusionPolicy, WorldModel, Crit
 
 def _plan_with(cell: Cell, policy: DiffusionPolicy, model: WorldModel, critics: Critics) -> ActFn:
     def act(obs: Tensor, generator: torch.Generator) -> Tensor:
-        return plan_chunks(obs, policy, model, critics, cell, generator).chunk[:, : cell.chunk.act_steps]
+        return plan_chunks(obs, policy, model, critics, cell, generator).chunk[
+            :, : cell.chunk.act_steps
+        ]
 
     return act
 
@@ -183,7 +198,9 @@ class _Recorder:
 
 
 @torch.no_grad()
-def calibration(cell: Cell, recorder: _Recorder, model: WorldModel, critics: Critics) -> dict[str, Any]:
+def calibration(
+    cell: Cell, recorder: _Recorder, model: WorldModel, critics: Critics
+) -> dict[str, Any]:
     """Predicted against real, along the planner's own evaluation episodes.
 
     `value`: V(s) against the discounted rewards that followed. A truncated episode's last rewards are unknown,
@@ -201,7 +218,9 @@ def calibration(cell: Cell, recorder: _Recorder, model: WorldModel, critics: Cri
     full = window.mask[:, h] > 0
     # Bootstrap a truncated end by V of its last row, so that both sides mean the same infinite sum.
     reward = replay.table[:, -2].clone()
-    last = torch.cat([replay.end[s * replay.capacity].unsqueeze(0) - 1 for s in range(len(replay.filled))])
+    last = torch.cat(
+        [replay.end[s * replay.capacity].unsqueeze(0) - 1 for s in range(len(replay.filled))]
+    )
     open_end = replay.table[last, -1] == 0
     tail = critics.v(model.encode(replay.table[last, :obs_dim].to(device))).mean(0).cpu()
     reward[last] += torch.where(open_end, cell.critics.discount * tail, 0.0)
@@ -218,7 +237,10 @@ def calibration(cell: Cell, recorder: _Recorder, model: WorldModel, critics: Cri
         errors.append(float(miss.square().mean().sqrt()) if len(miss) else 0.0)
     return {
         "value": {"predicted": value.tolist(), "real": real.tolist()},
-        "reward": {"predicted": predicted[full].tolist(), "real": window.reward[:, :h].sum(1)[full].tolist()},
+        "reward": {
+            "predicted": predicted[full].tolist(),
+            "real": window.reward[:, :h].sum(1)[full].tolist(),
+        },
         "error_by_step": errors,
     }
 
@@ -257,7 +279,13 @@ def _film_one(task: Task, one: Judged, path: Path) -> None:
         count += 1
 
     seeds = range(config.first_seed, config.first_seed + config.videos)
-    evaluate(one.act, env, seeds, evaluation_generator(task.seed, task.demos.table.device), on_step=camera)
+    evaluate(
+        one.act,
+        env,
+        seeds,
+        evaluation_generator(task.seed, task.demos.table.device),
+        on_step=camera,
+    )
     env.close()
     video.write(path, frames, fps=15)
 

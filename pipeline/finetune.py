@@ -20,10 +20,10 @@ from modip.agents.bc import BC
 from modip.agents.modip import Modip
 from modip.artifacts import expect_spec, read_policy, restore_model, save_model, save_policy
 from modip.config import Params, unknown
-from modip.data import episodes
 from modip.envs import BatchedEnv
 from modip.errors import UserError
-from modip.loops import Interaction
+from modip.files import write_atomically
+from modip.loops import Fit, Interaction
 from modip.parts import new_critics, new_model, new_policy
 from pipeline import stage, training
 from pipeline.evaluate import curve_rows
@@ -54,14 +54,16 @@ def _control(task: Task, start: Path) -> None:
         policy.to(task.demos.table.device), cell, task.demos,
         num_updates=config.num_policy_updates, lr=config.policy_lr, seed=task.seed,
     )  # fmt: skip
-    job = Interaction(agent, None, env_steps=0, seed=task.seed)
+    job = Fit(agent)
     folder = training.scratch_folder(task, "control", READS, checkpoint.fingerprint(start))
     done = training.run(
         job, task, folder, title="control: more cloning", unit="updates",
         total=config.num_policy_updates, done=lambda: job.grad_steps,
     )  # fmt: skip
     out = task.results("bc")
-    meta = task.meta(agent="bc", env_steps=0, grad_steps=job.grad_steps, parent=checkpoint.fingerprint(start))
+    meta = task.meta(
+        agent="bc", env_steps=0, grad_steps=job.grad_steps, parent=checkpoint.fingerprint(start)
+    )
     save_policy(out / "final" / "policy", agent.learner.ema, cell, task.spec, meta)
     _write_curve(out, done)
     training.finish(folder)
@@ -84,9 +86,14 @@ def _modip(task: Task, start: Path) -> None:
     env = BatchedEnv(task.spec.env_id, config.num_envs)
     training.check_env(task, env)
     job = Interaction(agent, env, env_steps=config.env_steps, seed=task.seed)
-    watched = BatchedEnv(task.spec.env_id, min(cell.evaluation.num_envs, cell.evaluation.curve_episodes))
+    watched = BatchedEnv(
+        task.spec.env_id, min(cell.evaluation.num_envs, cell.evaluation.curve_episodes)
+    )
     online = config.env_steps - config.final_env_steps
-    points = [round(online * i / cell.evaluation.curve_points) for i in range(cell.evaluation.curve_points + 1)]
+    points = [
+        round(online * i / cell.evaluation.curve_points)
+        for i in range(cell.evaluation.curve_points + 1)
+    ]
 
     def at_point() -> list[dict[str, Any]]:
         return curve_rows(task, agent, watched)
@@ -99,7 +106,10 @@ def _modip(task: Task, start: Path) -> None:
     )  # fmt: skip
     out = task.results("modip")
     meta = task.meta(
-        agent="modip", env_steps=job.env_steps, grad_steps=agent.policy_learner.grad_steps, parents=list(parents)
+        agent="modip",
+        env_steps=job.env_steps,
+        grad_steps=agent.policy_learner.grad_steps,
+        parents=list(parents),
     )
     save_policy(out / "final" / "policy", agent.policy_learner.ema, cell, task.spec, meta)
     save_model(out / "final" / "model", agent.model.ema, agent.critics.ema, cell, task.spec, meta)
@@ -108,7 +118,7 @@ def _modip(task: Task, start: Path) -> None:
 
 
 def _write_curve(out: Path, done: training.Run) -> None:
-    episodes.write_atomically(out / "curve.jsonl", lambda path: shutil.copyfile(done.curve, path))
+    write_atomically(out / "curve.jsonl", lambda path: shutil.copyfile(done.curve, path))
     training.write_json(out / "timing.json", {"finetune": done.seconds})
 
 

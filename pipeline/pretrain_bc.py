@@ -13,7 +13,7 @@ import torch
 from modip.agents.bc import BC
 from modip.artifacts import save_policy
 from modip.config import Params
-from modip.loops import Interaction
+from modip.loops import Fit
 from modip.parts import new_policy
 from pipeline import stage, training
 
@@ -26,15 +26,23 @@ def body(args: argparse.Namespace, params: Params) -> None:
     config = task.cell.diffusion
     torch.manual_seed(args.seed)
     policy = new_policy(task.cell, task.spec, task.demos).to(task.demos.table.device)
-    agent = BC(policy, task.cell, task.demos, num_updates=config.updates, lr=config.lr, seed=args.seed)
+    agent = BC(
+        policy, task.cell, task.demos, num_updates=config.updates, lr=config.lr, seed=args.seed
+    )
     folder = training.scratch_folder(task, "pretrain_bc", READS)
-    job = Interaction(agent, None, env_steps=0, seed=args.seed)
+    job = Fit(agent)
     done = training.run(
         job, task, folder, title="behaviour cloning", unit="updates",
         total=config.updates, done=lambda: job.grad_steps,
     )  # fmt: skip
     out = task.pretrained
-    save_policy(out / "policy", agent.learner.ema, task.cell, task.spec, task.meta(grad_steps=job.grad_steps))
+    save_policy(
+        out / "policy",
+        agent.learner.ema,
+        task.cell,
+        task.spec,
+        task.meta(grad_steps=job.grad_steps),
+    )
     training.write_json(out / "policy.json", {"pretrain_bc": done.seconds})
     training.finish(folder)
 

@@ -13,7 +13,7 @@ import torch
 from modip import checkpoint
 from modip.artifacts import read_policy, save_model
 from modip.config import Params
-from modip.loops import Interaction
+from modip.loops import Fit
 from modip.parts import new_critics, new_model
 from modip.pretraining import Pretraining
 from pipeline import stage, training
@@ -33,7 +33,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
     critics = new_critics(cell, task.spec, task.demos, model.latent_dim).to(device)
     agent = Pretraining(policy.to(device), model, critics, cell, task.demos, seed=args.seed)
     folder = training.scratch_folder(task, "pretrain_model", READS, checkpoint.fingerprint(start))
-    job = Interaction(agent, None, env_steps=0, seed=args.seed)
+    job = Fit(agent)
     done = training.run(
         job, task, folder, title="world model and critics", unit="updates",
         total=cell.world_model.updates + cell.critics.updates, done=lambda: job.grad_steps,

@@ -7,6 +7,7 @@ Weights & Biases is a warning: it never stops a run, and the JSON lines are comp
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -106,7 +107,7 @@ def _wandb_run(name: str) -> Any:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
-        import wandb
+        wandb: Any = importlib.import_module("wandb")
     except ImportError:
         log.warning("Weights & Biases is off for this run: pip install wandb")
         return None

@@ -23,7 +23,8 @@ from modip.config import Cell, Params
 from modip.data import episodes
 from modip.envs import BatchedEnv
 from modip.errors import UserError
-from modip.loops import Interaction
+from modip.files import write_atomically
+from modip.loops import Fit, Interaction
 from modip.replay import Replay
 from modip.types import Metrics, Spec
 from pipeline import stage
@@ -55,7 +56,12 @@ class Task:
 
     def meta(self, **counts: Any) -> dict[str, Any]:
         """What a checkpoint says of its origin."""
-        return {"seed": self.seed, "episodes_sha256": self.source, "env_version": self.env_version, **counts}
+        return {
+            "seed": self.seed,
+            "episodes_sha256": self.source,
+            "env_version": self.env_version,
+            **counts,
+        }
 
 
 def open_task(params: Params, dataset: str, seed: int, *, reward_offset: float = 0.0) -> Task:
@@ -77,9 +83,15 @@ def scratch_folder(task: Task, name: str, reads: tuple[str, ...], *depends: obje
     `reads` are the sections of the parameters that the job reads, the same that its stage lists in dvc.yaml.
     """
     config = task.cell.model_dump(mode="json", include=set(reads))
-    key = json.dumps([name, config, task.source, task.seed, torch.__version__, *map(str, depends)], sort_keys=True)
+    key = json.dumps(
+        [name, config, task.source, task.seed, torch.__version__, *map(str, depends)],
+        sort_keys=True,
+    )
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return SCRATCH / f"{name.replace('/', '-')}-{task.cell.dataset.replace('/', '-')}-{task.seed}-{digest}"
+    return (
+        SCRATCH
+        / f"{name.replace('/', '-')}-{task.cell.dataset.replace('/', '-')}-{task.seed}-{digest}"
+    )
 
 
 @dataclass
@@ -91,7 +103,7 @@ class Run:
 
 
 def run(
-    job: Interaction,
+    job: Fit | Interaction,
     task: Task,
     folder: Path,
     *,
@@ -115,36 +127,42 @@ def run(
         job.load_state_dict(state)
         seconds, passed, rows = meta["seconds"], meta["passed"], meta["rows"]
         log.info("%s: resumed at %d of %d %s", title, done(), total, unit)
-    with Tracker(folder / "curve.jsonl", f"{title}-{folder.name[-8:]}", rows) as tracker:
-        with stage.Bar(title, total, unit, done=done()) as bar:
-            shown, saved, began = done(), time.monotonic(), time.monotonic()
-            last: Metrics = {}
-            while True:
-                if passed < len(points) and job.env_steps >= points[passed]:
-                    seconds += time.monotonic() - began
-                    assert at_point is not None
-                    head = {"env_steps": job.env_steps, "grad_steps": job.grad_steps, "seconds": seconds}
-                    if last:
-                        losses = {name: float(value) for name, value in last.items()}
-                        tracker.log({"kind": "train", **head, **losses})
-                    for row in at_point():
-                        tracker.log({"kind": "evaluation", **head, **row})
-                    while passed < len(points) and job.env_steps >= points[passed]:
-                        passed += 1
-                    began = time.monotonic()
-                metrics = job.advance()
-                if metrics is None:
-                    break
-                last = {**last, **metrics}
-                if done() - shown:
-                    bar.advance(done() - shown)
-                    shown = done()
-                if time.monotonic() - saved > task.cell.runtime.checkpoint_seconds:
-                    spent = seconds + time.monotonic() - began
-                    meta = {"seconds": spent, "passed": passed, "rows": tracker.rows}
-                    checkpoint.save(state_path, "resume", job.state_dict(), meta)
-                    saved = time.monotonic()
-            seconds += time.monotonic() - began
+    with (
+        Tracker(folder / "curve.jsonl", f"{title}-{folder.name[-8:]}", rows) as tracker,
+        stage.Bar(title, total, unit, done=done()) as bar,
+    ):
+        shown, saved, began = done(), time.monotonic(), time.monotonic()
+        last: Metrics = {}
+        while True:
+            if passed < len(points) and job.env_steps >= points[passed]:
+                seconds += time.monotonic() - began
+                assert at_point is not None
+                head = {
+                    "env_steps": job.env_steps,
+                    "grad_steps": job.grad_steps,
+                    "seconds": seconds,
+                }
+                if last:
+                    losses = {name: float(value) for name, value in last.items()}
+                    tracker.log({"kind": "train", **head, **losses})
+                for row in at_point():
+                    tracker.log({"kind": "evaluation", **head, **row})
+                while passed < len(points) and job.env_steps >= points[passed]:
+                    passed += 1
+                began = time.monotonic()
+            metrics = job.advance()
+            if metrics is None:
+                break
+            last = {**last, **metrics}
+            if done() - shown:
+                bar.advance(done() - shown)
+                shown = done()
+            if time.monotonic() - saved > task.cell.runtime.checkpoint_seconds:
+                spent = seconds + time.monotonic() - began
+                meta = {"seconds": spent, "passed": passed, "rows": tracker.rows}
+                checkpoint.save(state_path, "resume", job.state_dict(), meta)
+                saved = time.monotonic()
+        seconds += time.monotonic() - began
     return Run(seconds, folder / "curve.jsonl")
 
 
@@ -156,7 +174,7 @@ def finish(folder: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Atomic and strict: NaN is an error."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    episodes.write_atomically(path, lambda to: to.write_text(text))
+    write_atomically(path, lambda to: to.write_text(text))
 
 
 def check_env(task: Task, env: BatchedEnv) -> None:

@@ -20,10 +20,21 @@ class BC:
     """`num_updates` of BC on `demos`, with the rate decaying from `lr`."""
 
     def __init__(
-        self, policy: DiffusionPolicy, cell: Cell, demos: Replay, *, num_updates: int, lr: float, seed: int
+        self,
+        policy: DiffusionPolicy,
+        cell: Cell,
+        demos: Replay,
+        *,
+        num_updates: int,
+        lr: float,
+        seed: int,
     ) -> None:
         self.learner = learner(policy, cell.diffusion, lr=lr, num_updates=num_updates)
-        self.demos, self.batch_size, self.num_updates = demos, cell.diffusion.batch_size, num_updates
+        self.demos, self.batch_size, self.num_updates = (
+            demos,
+            cell.diffusion.batch_size,
+            num_updates,
+        )
         self.generator = torch.Generator(demos.table.device).manual_seed(seed)
 
     def policy(self, obs: Tensor, generator: torch.Generator) -> Tensor:

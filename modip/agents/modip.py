@@ -29,7 +29,12 @@ from modip.world_model import WorldModel
 
 @torch.no_grad()
 def plan(
-    obs: Tensor, policy: DiffusionPolicy, model: WorldModel, critics: Critics, cell: Cell, generator: torch.Generator
+    obs: Tensor,
+    policy: DiffusionPolicy,
+    model: WorldModel,
+    critics: Critics,
+    cell: Cell,
+    generator: torch.Generator,
 ) -> Plan:
     """Plan for B observations (B, Do): the policy's chunks are denoised once, in one batch, outside the search."""
     config, b = cell.mppi, obs.shape[0]
@@ -41,8 +46,13 @@ def plan(
         mean, std = prior.mean(1), prior.std(1, correction=0).clamp(config.min_std, config.max_std)
     else:
         shape = (b, config.prior_samples, h, action_dim)
-        prior = (config.max_std * torch.randn(shape, generator=generator, device=obs.device)).clamp(-1, 1)
-        mean, std = prior.new_zeros(b, h, action_dim), prior.new_full((b, h, action_dim), config.max_std)
+        prior = (config.max_std * torch.randn(shape, generator=generator, device=obs.device)).clamp(
+            -1, 1
+        )
+        mean, std = (
+            prior.new_zeros(b, h, action_dim),
+            prior.new_full((b, h, action_dim), config.max_std),
+        )
     candidates = prior
     if config.perturbed_samples:
         pick = torch.arange(config.perturbed_samples, device=obs.device) % config.prior_samples
@@ -66,7 +76,14 @@ class Modip:
     """The online agent over pre-trained (or fresh) parts; `demos` stays in every batch by its shares."""
 
     def __init__(
-        self, policy: DiffusionPolicy, model: WorldModel, critics: Critics, cell: Cell, demos: Replay, *, seed: int
+        self,
+        policy: DiffusionPolicy,
+        model: WorldModel,
+        critics: Critics,
+        cell: Cell,
+        demos: Replay,
+        *,
+        seed: int,
     ) -> None:
         config = cell.modip
         self.cell, self.config, self.demos = cell, config, demos
@@ -83,7 +100,10 @@ class Modip:
         self.env_steps = 0
         self.debt = {"model": 0.0, "critic": 0.0, "policy": 0.0}
         self.keep_above = -torch.inf
-        ring = max(1, config.fresh_steps // (cell.chunk.act_steps * config.num_envs)) * config.imagined_states
+        ring = (
+            max(1, config.fresh_steps // (cell.chunk.act_steps * config.num_envs))
+            * config.imagined_states
+        )
         self.imagined_obs = torch.zeros(ring, demos.obs_dim, device=device)
         self.imagined_chunk = torch.zeros(ring, *policy.shape, device=device)
         self.imagined = 0  # plans ever written to the ring
@@ -97,7 +117,9 @@ class Modip:
         return self.plan(obs, generator).chunk[:, : self.cell.chunk.act_steps]
 
     def plan(self, obs: Tensor, generator: torch.Generator) -> Plan:
-        return plan(obs, self.policy_learner.ema, self.model.ema, self.critics.ema, self.cell, generator)
+        return plan(
+            obs, self.policy_learner.ema, self.model.ema, self.critics.ema, self.cell, generator
+        )
 
     def act(self, obs: Tensor, generator: torch.Generator, *, explore: bool) -> Tensor:
         """(B, Do) -> (B, Ta, Da); with `explore`, also plans for imagined states and adds exploration noise."""
@@ -120,7 +142,9 @@ class Modip:
         fresh = size // 2 if self.env_steps else 0
         parts = [self.demos.table[self.demos.sample_rows(size - fresh, self.generator)]]
         if fresh:
-            parts.append(self.replay.table[self.replay.sample_rows(fresh, self.generator, self._fresh_rows)])
+            parts.append(
+                self.replay.table[self.replay.sample_rows(fresh, self.generator, self._fresh_rows)]
+            )
         return torch.cat(parts)[:, : self.demos.obs_dim]
 
     def _remember(self, obs: Tensor, chunk: Tensor) -> None:
@@ -169,10 +193,14 @@ class Modip:
                 self.debt[part] -= 1.0
                 match part:
                     case "model":
-                        window = self._mixed(self.cell.world_model.batch_size, self.cell.world_model.loss_horizon + 1)
+                        window = self._mixed(
+                            self.cell.world_model.batch_size, self.cell.world_model.loss_horizon + 1
+                        )
                         return update_model(self.model, window)
                     case "critic":
-                        window = self._mixed(self.cell.critics.batch_size, self.cell.critics.n_step + 1)
+                        window = self._mixed(
+                            self.cell.critics.batch_size, self.cell.critics.n_step + 1
+                        )
                         return update_critics(
                             self.critics, self.model.ema, window, self.cell.critics, self.policy_learner.ema, self.generator
                         )  # fmt: skip
@@ -202,15 +230,25 @@ class Modip:
         executed = size - demos - planned
         rows = self.replay.sample_rows(executed, self.generator, self._fresh_rows)
         window = self.replay.window(rows, horizon)
-        paid = ~(self.replay.episode_return[rows] < self.keep_above)  # a running episode (NaN) counts
+        paid = ~(
+            self.replay.episode_return[rows] < self.keep_above
+        )  # a running episode (NaN) counts
         window = window._replace(mask=window.mask * paid.float().unsqueeze(1))
         if demos:
-            window = concat(window, self.demos.window(self.demos.sample_rows(demos, self.generator), horizon))
+            window = concat(
+                window, self.demos.window(self.demos.sample_rows(demos, self.generator), horizon)
+            )
         if planned:
             known = min(self.imagined, len(self.imagined_obs))
-            pick = torch.randint(known, (planned,), generator=self.generator, device=window.obs.device)
+            pick = torch.randint(
+                known, (planned,), generator=self.generator, device=window.obs.device
+            )
             obs = self.imagined_obs[pick].unsqueeze(1).expand(-1, horizon, -1)
-            mask = (torch.arange(horizon, device=pick.device) < self.cell.mppi.horizon).float().expand(planned, -1)
+            mask = (
+                (torch.arange(horizon, device=pick.device) < self.cell.mppi.horizon)
+                .float()
+                .expand(planned, -1)
+            )
             zeros = torch.zeros_like(mask)
             window = concat(window, Window(obs, self.imagined_chunk[pick], zeros, zeros, mask))
         return window

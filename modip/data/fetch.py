@@ -29,7 +29,7 @@ GRIP_STEPS = 3
 
 
 class FetchDemonstrator:
-    """One episode's demonstrator. Observation (28,): gripper, cube, cube to goal (last three)."""
+    """One episode's demonstrator. Observation (31,): gripper first, then cube; 25 to 27 cube to goal."""
 
     def __init__(self, noise: float, rng: np.random.Generator) -> None:
         self._rng = rng

@@ -12,13 +12,26 @@ import numpy as np
 
 from modip.envs.family import Adapter, Array, Family
 
+CUBE_ANGLES = slice(11, 14)
+"""Where an observation of 25 holds the cube's Euler angles; FetchReach (10) has no cube."""
+
 
 class _FetchAdapter(Adapter):
-    """Observation: the robot's and the cube's state, then the way from the cube to the goal."""
+    """Observation: the robot's and the cube's state, the way from the cube to the goal, the cube's turn.
+
+    A cube looks the same after a quarter turn, but its angles then jump by 1.57, far from all data, and whatever
+    was learned of the place is lost. So each angle enters as sin and cos of four times itself: the sines in the
+    angles' place, the cosines last.
+    """
 
     def observe(self, raw: Any) -> Array:
-        way = raw["desired_goal"] - raw["achieved_goal"]
-        return np.concatenate((raw["observation"], way)).astype(np.float32)
+        state, way = raw["observation"], raw["desired_goal"] - raw["achieved_goal"]
+        if len(state) < CUBE_ANGLES.stop:
+            return np.concatenate((state, way)).astype(np.float32)
+        turn = 4.0 * state[CUBE_ANGLES]
+        obs = np.concatenate((state, way, np.cos(turn)))
+        obs[CUBE_ANGLES] = np.sin(turn)
+        return obs.astype(np.float32)
 
     def outcome(self, reward: float, terminated: bool, info: dict[str, Any]) -> tuple[float, bool]:
         # The environment's -1 away from the goal and 0 at it, moved by one: the return
@@ -46,8 +59,9 @@ def make(env_id: str, render_mode: str | None) -> Adapter:
     env = gymnasium.make(env_id, disable_env_checker=True, render_mode=render_mode)
     space = env.observation_space
     assert isinstance(space, gymnasium.spaces.Dict)
-    parts = (space["observation"].shape, space["desired_goal"].shape)
-    return _FetchAdapter(env, sum(shape[0] for shape in parts if shape), has_success=True)
+    state, way = ((space[part].shape or (0,))[0] for part in ("observation", "desired_goal"))
+    cosines = 3 if state >= CUBE_ANGLES.stop else 0
+    return _FetchAdapter(env, state + way + cosines, has_success=True)
 
 
 FAMILY = Family(

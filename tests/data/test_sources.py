@@ -66,7 +66,7 @@ def test_fetch_demonstrations_repeat_and_extend() -> None:
     np.testing.assert_array_equal(few.action, more.action[:rows])
     assert not np.array_equal(few.observation, other.observation)
     assert np.abs(few.action).max() <= 1.0
-    assert few.observation.shape[1] == 28
+    assert few.observation.shape[1] == 31
 
 
 def test_progress_is_told_once_an_episode(tmp_path: Path) -> None:

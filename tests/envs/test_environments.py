@@ -277,7 +277,7 @@ def test_fetch_observation_reward_and_success() -> None:
     parts = raw.reset(seed=4)[0]
     env = BatchedEnv("FetchPickAndPlace-v4", 1)
     env.reset([0], [4])
-    assert env.spec.obs_dim == 28
+    assert env.spec.obs_dim == 31
     np.testing.assert_allclose(env.obs[0, :25], parts["observation"], rtol=1e-6)
     way = parts["desired_goal"] - parts["achieved_goal"]
     np.testing.assert_allclose(env.obs[0, 25:], way, atol=1e-6)
