@@ -177,8 +177,8 @@ class ModipConfig(Section):
     model_updates: NonNegative = Field(description="world-model updates per environment step")
     critic_updates: NonNegative = Field(description="critic updates per environment step")
     policy_updates: NonNegative = Field(description="distillation updates per environment step")
-    model_lr: Positive = Field(description="online AdamW rate")
-    critic_lr: Positive = Field(description="online AdamW rate")
+    model_lr: Positive = Field(description="online AdamW rate, decayed to a tenth by a cosine")
+    critic_lr: Positive = Field(description="online AdamW rate, decayed to a tenth by a cosine")
     policy_lr: Positive = Field(description="online AdamW rate, decayed to a tenth by a cosine")
     offline_share: Share = Field(description="share of the data set in model and critic batches")
     demo_share: DemoShareConfig

@@ -108,7 +108,7 @@ class Learner(Generic[M]):
         ema_decay: float,
         num_updates: int,
     ) -> None:
-        """`num_updates` > 0 decays the rate to a tenth by a cosine over that many; 0 keeps it constant."""
+        """The rate decays to a tenth by a cosine over `num_updates`."""
         self.module = module
         self.ema = copy.deepcopy(module).requires_grad_(False)
         self.lr, self.grad_clip, self.ema_decay, self.num_updates = (
@@ -125,11 +125,10 @@ class Learner(Generic[M]):
 
     def step(self, loss: Tensor) -> None:
         """Back-propagate, clip, step and average."""
-        if self.num_updates:
-            progress = min(self.grad_steps / self.num_updates, 1.0)
-            rate = self.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+        progress = min(self.grad_steps / max(self.num_updates, 1), 1.0)
+        rate = self.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.params, self.grad_clip, foreach=True)

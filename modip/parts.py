@@ -49,7 +49,7 @@ def learner(
     lr: float,
     num_updates: int,
 ) -> Learner[M]:
-    """A module with its section's optimiser; `num_updates` > 0 decays the rate over that many."""
+    """A module with its section's optimiser; the rate decays over `num_updates`."""
     return Learner(
         module, lr=lr, weight_decay=config.weight_decay, grad_clip=config.grad_clip,
         ema_decay=config.ema_decay, num_updates=num_updates,

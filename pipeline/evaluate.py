@@ -139,7 +139,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
                     calibration(cell, recorder, parts[1], parts[2]),
                 )
     head = {
-        "dataset": args.dataset, "env": task.spec.env_id, "env_version": task.env_version,
+        "dataset": args.dataset, "env": task.spec.env_id, "env_version": env.spec.version,
         "agent": args.agent, "seed": args.seed,
     }  # fmt: skip
     training.write_json(out / "metrics.json", {**head, "results": results})
@@ -203,9 +203,9 @@ def calibration(
 ) -> dict[str, Any]:
     """Predicted against real, along the planner's own evaluation episodes.
 
-    `value`: V(s) against the discounted rewards that followed. A truncated episode's last rewards are unknown,
-    so only rows with discount^remaining < 0.1 or a true end count; with none such, the bootstrap of the last row is
-    added to the real side. `reward`: the model's reward sum over the planned horizon along the actions taken.
+    `value`: V(s) against the discounted rewards that followed; where an episode was truncated, V of
+    its last row goes on with them, so that both sides mean the same infinite sum. `reward`: the
+    model's reward sum over the planned horizon along the actions taken.
     """
     device = next(model.parameters()).device
     obs_dim, h = model.normalizer.mean.numel(), cell.mppi.horizon

@@ -90,8 +90,19 @@ class Modip:
         self.policy_learner: Learner[DiffusionPolicy] = learner(
             policy, cell.diffusion, lr=config.policy_lr, num_updates=config.num_policy_updates
         )
-        self.model = learner(model, cell.world_model, lr=config.model_lr, num_updates=0)
-        self.critics = learner(critics, cell.critics, lr=config.critic_lr, num_updates=0)
+        online = config.env_steps - config.final_env_steps
+        self.model = learner(
+            model,
+            cell.world_model,
+            lr=config.model_lr,
+            num_updates=int(config.model_updates * online),
+        )
+        self.critics = learner(
+            critics,
+            cell.critics,
+            lr=config.critic_lr,
+            num_updates=int(config.critic_updates * online),
+        )
         device = demos.table.device
         # Every chunk takes at least one step of each environment, so this many chunks spend the budget.
         capacity = -(-config.env_steps // config.num_envs) * cell.chunk.act_steps
