@@ -25,9 +25,9 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 
 
 class Section(BaseModel):
-    """A frozen part of the tree; an unknown key or a wrong type is an error."""
+    """A frozen part of the tree; an unknown key, a wrong type or a number that is not finite is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RuntimeConfig(Section):
@@ -158,8 +158,8 @@ class MPPIConfig(Section):
 class DemoShareConfig(Section):
     """Share of demonstrations in the policy's batches: linear from start to end over the online phase."""
 
-    start: Share
-    end: Share
+    start: Share = Field(description="share at the first environment step")
+    end: Share = Field(description="share from the final phase on")
 
 
 class ModipConfig(Section):
@@ -275,7 +275,7 @@ class Params(Section):
 
     dataset: tuple[str, ...]
     agent: tuple[str, ...]
-    seed: tuple[int, ...]
+    seed: tuple[Annotated[int, Field(ge=0, le=2_000)], ...]  # times 10^6 it seeds simulators
     data: dict[str, SourceConfig]
     cells: dict[str, Cell]
 

@@ -80,7 +80,8 @@ def evaluate(
         env.reset(range(len(these)), these)
         rows = torch.arange(len(these))
         while len(rows):
-            step, success = run_chunk(env, act(env.obs[rows], generator), rows, on_step)
+            obs = env.obs[rows].to(generator.device)
+            step, success = run_chunk(env, act(obs, generator).cpu(), rows, on_step)
             if on_chunk is not None:
                 on_chunk(first, rows, step)
             total = step.reward.sum(1).tolist()
@@ -130,11 +131,13 @@ class Interaction:
     are replayed from their seeds.
     """
 
-    def __init__(self, agent: Agent, env: BatchedEnv, *, env_steps: int, seed: int) -> None:
+    def __init__(
+        self, agent: Agent, env: BatchedEnv, *, env_steps: int, seed: int, device: torch.device
+    ) -> None:
         """Training episodes start from seeds of their own range, far from the evaluation's."""
         self.agent, self.env, self.budget = agent, env, env_steps
         self.next_seed = 1_000_000 * (seed + 1)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.env_steps = 0
         self.grad_steps = 0
         self._reset(range(env.num_envs))
@@ -151,7 +154,8 @@ class Interaction:
             return metrics
         if self.env_steps >= self.budget:
             return None
-        chunk = self.agent.act(self.env.obs, self.generator, explore=True)
+        obs = self.env.obs.to(self.generator.device)
+        chunk = self.agent.act(obs, self.generator, explore=True).cpu()
         step, _ = run_chunk(self.env, chunk, torch.arange(self.env.num_envs))
         self.env_steps += step.env_steps
         self.agent.observe(step)

@@ -85,7 +85,7 @@ def _modip(task: Task, start: Path) -> None:
     )
     env = BatchedEnv(task.spec.env_id, config.num_envs)
     training.check_env(task, env)
-    job = Interaction(agent, env, env_steps=config.env_steps, seed=task.seed)
+    job = Interaction(agent, env, env_steps=config.env_steps, seed=task.seed, device=device)
     watched = BatchedEnv(
         task.spec.env_id, min(cell.evaluation.num_envs, cell.evaluation.curve_episodes)
     )
@@ -98,11 +98,16 @@ def _modip(task: Task, start: Path) -> None:
     def at_point() -> list[dict[str, Any]]:
         return curve_rows(task, agent, watched)
 
+    def progress() -> int:
+        learned = agent.policy_learner.grad_steps
+        distilled = learned - (config.num_policy_updates - config.final_updates)
+        return min(job.env_steps, config.env_steps) + max(0, distilled)
+
     parents = (checkpoint.fingerprint(start), checkpoint.fingerprint(model_path))
     folder = training.scratch_folder(task, "modip", READS, *parents)
     done = training.run(
-        job, task, folder, title="modip: online", unit="env steps", total=config.env_steps,
-        done=lambda: min(job.env_steps, config.env_steps), points=points, at_point=at_point,
+        job, task, folder, title="modip: env steps, then distillation", unit="steps",
+        total=config.env_steps + config.final_updates, done=progress, points=points, at_point=at_point,
     )  # fmt: skip
     out = task.results("modip")
     meta = task.meta(

@@ -26,7 +26,7 @@ from modip.errors import UserError
 from modip.files import write_atomically
 from modip.loops import Fit, Interaction
 from modip.replay import Replay
-from modip.types import Metrics, Spec
+from modip.types import Spec
 from pipeline import stage
 from pipeline.convert import EPISODES
 from pipeline.tracking import Tracker
@@ -34,6 +34,8 @@ from pipeline.tracking import Tracker
 log = logging.getLogger(__name__)
 ARTIFACTS = Path("data/artifacts")
 SCRATCH = Path("scratch")
+LOG_EVERY = 97
+"""Updates between two rows of losses; prime, so that model, critics and policy take turns."""
 
 
 @dataclass(frozen=True)
@@ -120,49 +122,48 @@ def run(
     `at_point` gives rows for the curve.
     """
     points = points or []
-    seconds, passed, rows = 0.0, 0, 0
+    seconds, passed, rows, logged = 0.0, 0, 0, 0
     state_path = folder / "state"
     if checkpoint.exists(state_path):
         state, meta = checkpoint.load(state_path, "resume")
         job.load_state_dict(state)
-        seconds, passed, rows = meta["seconds"], meta["passed"], meta["rows"]
+        seconds, passed, rows, logged = (meta[k] for k in ("seconds", "passed", "rows", "logged"))
         log.info("%s: resumed at %d of %d %s", title, done(), total, unit)
     with (
         Tracker(folder / "curve.jsonl", f"{title}-{folder.name[-8:]}", rows) as tracker,
         stage.Bar(title, total, unit, done=done()) as bar,
     ):
         shown, saved, began = done(), time.monotonic(), time.monotonic()
-        last: Metrics = {}
+
+        def head() -> dict[str, Any]:
+            spent = seconds + time.monotonic() - began
+            return {"env_steps": job.env_steps, "grad_steps": job.grad_steps, "seconds": spent}
+
         while True:
             if passed < len(points) and job.env_steps >= points[passed]:
                 seconds += time.monotonic() - began
                 assert at_point is not None
-                head = {
-                    "env_steps": job.env_steps,
-                    "grad_steps": job.grad_steps,
-                    "seconds": seconds,
-                }
-                if last:
-                    losses = {name: float(value) for name, value in last.items()}
-                    tracker.log({"kind": "train", **head, **losses})
-                for row in at_point():
-                    tracker.log({"kind": "evaluation", **head, **row})
+                found, began = at_point(), time.monotonic()
+                for row in found:
+                    tracker.log({"kind": "evaluation", **head(), **row})
                 while passed < len(points) and job.env_steps >= points[passed]:
                     passed += 1
-                began = time.monotonic()
             metrics = job.advance()
             if metrics is None:
                 break
-            last = {**last, **metrics}
-            if done() - shown:
+            if metrics and job.grad_steps >= logged + LOG_EVERY:
+                logged = job.grad_steps
+                losses = {name: float(value) for name, value in metrics.items()}
+                tracker.log({"kind": "train", **head(), **losses})
+            if done() > shown:
                 bar.advance(done() - shown)
                 shown = done()
             if time.monotonic() - saved > task.cell.runtime.checkpoint_seconds:
-                spent = seconds + time.monotonic() - began
-                meta = {"seconds": spent, "passed": passed, "rows": tracker.rows}
+                meta = {"passed": passed, "rows": tracker.rows, "logged": logged}
+                meta = {**meta, "seconds": head()["seconds"]}
                 checkpoint.save(state_path, "resume", job.state_dict(), meta)
                 saved = time.monotonic()
-        seconds += time.monotonic() - began
+        seconds = head()["seconds"]
     return Run(seconds, folder / "curve.jsonl")
 
 
