@@ -1,7 +1,7 @@
 """Drives anything that learns to its end, so that a kill at any moment changes nothing.
 
 The resumable state lies in scratch/, in a folder named by the hash of everything the job depends on: a changed
-parameter or input never continues an old run. A finished job's folder is removed.
+parameter, input or line of code never continues an old run. A finished job's folder is removed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import modip
 from modip import checkpoint
 from modip.config import Cell, Params
 from modip.data import episodes
@@ -85,8 +86,10 @@ def scratch_folder(task: Task, name: str, reads: tuple[str, ...], *depends: obje
     `reads` are the sections of the parameters that the job reads, the same that its stage lists in dvc.yaml.
     """
     config = task.cell.model_dump(mode="json", include=set(reads))
+    code = Path(modip.__file__).parent
+    sources = [file.read_text() for file in sorted(code.rglob("*.py"))]
     key = json.dumps(
-        [name, config, task.source, task.seed, torch.__version__, *map(str, depends)],
+        [name, config, sources, task.source, task.seed, torch.__version__, *map(str, depends)],
         sort_keys=True,
     )
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
