@@ -1,0 +1,175 @@
+"""Small cells of the toy data set, and the parts and jobs built from them, for tests of behaviour.
+
+The tree is the project's own params.yaml, so it always has every field, with small values put over the numbers that
+matter to a test: no test depends on a tuned value.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from ruamel.yaml import YAML
+from torch import Tensor
+
+from modip.agents.bc import BC
+from modip.agents.modip import Modip
+from modip.config import SECTIONS, Cell, build
+from modip.critics import Critics
+from modip.data import toy
+from modip.data.episodes import Episodes
+from modip.diffusion import DiffusionPolicy
+from modip.envs import BatchedEnv
+from modip.loops import Fit, Interaction
+from modip.parts import new_critics, new_model, new_policy
+from modip.replay import Replay
+from modip.types import Spec, State
+from modip.world_model import WorldModel
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+SPEC = Spec("toy", "modip/Toy-v0", 4, 2)
+
+SMALL: dict[str, dict[str, Any]] = {
+    "chunk": {"horizon": 4, "act_steps": 2},
+    "diffusion": {
+        "prediction": "sample", "denoising_steps": 6, "sampling_steps": 3, "eta": 1.0, "width": 16, "blocks": 1,
+        "updates": 4, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-4, "grad_clip": 1.0, "ema_decay": 0.9,
+    },
+    "world_model": {
+        "encoder": "identity", "latent_dim": 16, "ensemble": 2, "width": 16, "layers": 1, "loss_horizon": 2,
+        "updates": 4, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-4, "grad_clip": 10.0, "ema_decay": 0.9,
+    },
+    "critics": {
+        "ensemble": 2, "width": 16, "layers": 1, "td_target": "state_value", "n_step": 3, "expectile": 0.7,
+        "discount": 0.9, "reward_offset": 0.0, "updates": 4, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-4,
+        "grad_clip": 10.0, "ema_decay": 0.9,
+    },
+    "mppi": {
+        "horizon": 3, "prior_samples": 4, "perturbed_samples": 4, "perturbation": 0.2, "samples": 8, "iterations": 1,
+        "elites": 4, "temperature": 0.5, "min_std": 0.05, "max_std": 0.5, "penalty": 1.0, "selection": "mean",
+        "terminal_value": "state_value", "prior": "diffusion",
+    },
+    "modip": {
+        "planning": True, "offline_pretraining": True, "env_steps": 60, "final_env_steps": 12, "num_envs": 2,
+        "model_updates": 0.25, "critic_updates": 0.25, "policy_updates": 0.5, "final_updates": 5,
+    },
+    "evaluation": {
+        "episodes": 6, "num_envs": 3, "first_seed": 10_000, "curve_points": 2, "curve_episodes": 4, "videos": 0,
+    },
+}  # fmt: skip
+
+
+def small_tree(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The whole of params.yaml for the toy data set alone; `changes` by dotted name, as {"mppi.horizon": 2}."""
+    text = (ROOT / "params.yaml").read_text()
+    tree: dict[str, Any] = copy.deepcopy(YAML(typ="safe", pure=True).load(text))
+    tree["dataset"] = ["toy"]
+    tree["data"] = {
+        "toy": {"source": "toy", "env": "modip/Toy-v0", "episodes": 12, "noise": 1.0, "seed": 7}
+    }
+    tree["runtime"] = {"device": "cpu", "threads": 1, "checkpoint_seconds": 20.0}
+    for name in SECTIONS:
+        tree[name] = {"base": {**tree[name]["base"], **SMALL[name]}, "by_dataset": {"toy": {}}}
+    for path, value in (changes or {}).items():
+        section, *fields = path.split(".")
+        at = tree[section]["base"]
+        for field in fields[:-1]:
+            at = at[field]
+        at[fields[-1]] = value
+    return tree  # fmt: skip
+
+
+def small_cell(changes: Mapping[str, Any] | None = None) -> Cell:
+    """The checked cell of `small_tree`."""
+    return build(small_tree(changes), Path("params.yaml")).cell("toy")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@functools.cache
+def episodes(number: int = 12) -> Episodes:
+    """Noisy demonstrations of the toy task, 20 steps each, all truncated."""
+    source = toy.ToySource(source="toy", env="modip/Toy-v0", episodes=number, noise=1.0, seed=7)
+    return toy.collect("toy", source, lambda: None)
+
+
+def demonstrations(cell: Cell, number: int = 12) -> Replay:
+    return Replay.from_episodes(episodes(number), cell.critics.reward_offset, CPU)
+
+
+class Parts(NamedTuple):
+    """Untrained, as the pipeline builds them."""
+
+    policy: DiffusionPolicy
+    model: WorldModel
+    critics: Critics
+
+
+def new_parts(cell: Cell, demos: Replay, seed: int = 0) -> Parts:
+    torch.manual_seed(seed)
+    model = new_model(cell, SPEC, demos)
+    return Parts(
+        new_policy(cell, SPEC, demos), model, new_critics(cell, SPEC, demos, model.latent_dim)
+    )
+
+
+def bc_job(cell: Cell, seed: int = 0) -> Fit:
+    demos = demonstrations(cell)
+    torch.manual_seed(seed)
+    policy = new_policy(cell, SPEC, demos)
+    config = cell.diffusion
+    return Fit(BC(policy, cell, demos, num_updates=config.updates, lr=config.lr, seed=seed))
+
+
+def modip_job(cell: Cell, seed: int = 0, parts: Parts | None = None) -> Interaction:
+    demos = demonstrations(cell)
+    agent = Modip(*(parts or new_parts(cell, demos, seed)), cell, demos, seed=seed)
+    env = BatchedEnv("modip/Toy-v0", cell.modip.num_envs)
+    return Interaction(
+        agent, env, env_steps=cell.modip.env_steps, seed=seed, device=torch.device("cpu")
+    )
+
+
+JOBS: dict[str, Callable[..., Fit | Interaction]] = {"bc": bc_job, "modip": modip_job}
+"""A small job of every agent, from fresh parts."""
+
+
+def leaves(state: Any, where: str = "") -> dict[str, Any]:
+    """A nested state as {path: tensor or value}."""
+    if isinstance(state, Mapping):
+        return {
+            k: v for key, part in state.items() for k, v in leaves(part, f"{where}/{key}").items()
+        }
+    if isinstance(state, list | tuple):
+        return {
+            k: v for i, part in enumerate(state) for k, v in leaves(part, f"{where}/{i}").items()
+        }
+    return {where: state}  # fmt: skip
+
+
+def differences(a: State, b: State) -> list[str]:
+    """Paths at which two states are not the same bit for bit (NaN equals NaN)."""
+    one, two = leaves(a), leaves(b)
+    if one.keys() != two.keys():
+        return sorted(one.keys() ^ two.keys())
+    return [where for where in one if not _same(one[where], two[where])]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(
+            ((a == b) | ((a != a) & (b != b))).all()
+        )  # fmt: skip
+    return a == b or (a != a and b != b)
+
+
+def snapshot(state: State) -> State:
+    """A copy that later updates do not reach."""
+    return copy.deepcopy(state)
