@@ -176,13 +176,15 @@ class Modip:
 
     def observe(self, step: ChunkStep) -> None:
         config = self.config
-        learning = not self.frozen
+        # Of a chunk that crosses into the final phase, the steps before it count: the control's updates are as many.
+        learned = max(
+            0, min(step.env_steps, config.env_steps - config.final_env_steps - self.env_steps)
+        )
         self.replay.append(step._replace(reward=step.reward + self.cell.critics.reward_offset))
         self.env_steps += step.env_steps
-        if learning:
-            self.debt["model"] += config.model_updates * step.env_steps
-            self.debt["critic"] += config.critic_updates * step.env_steps
-            self.debt["policy"] += config.policy_updates * step.env_steps
+        self.debt["model"] += config.model_updates * learned
+        self.debt["critic"] += config.critic_updates * learned
+        self.debt["policy"] += config.policy_updates * learned
         if self.env_steps >= config.env_steps:
             self.debt["policy"] += config.final_updates
         self._refresh_filter()
