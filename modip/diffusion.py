@@ -94,7 +94,8 @@ class DiffusionPolicy(nn.Module):
     ) -> Tensor:
         """One chunk per observation: obs (B, Do), noise (B, H, Da) or None -> (B, H, Da).
 
-        `noise` replaces the initial draw (DSRL steers it); the later draws of eta > 0 stay random.
+        `noise` replaces the initial draw (DSRL steers it); the later draws of eta > 0 stay random. Raises
+        FloatingPointError for a chunk that is not finite.
         """
         b = obs.shape[0]
         size = (b, self.shape[0] * self.shape[1])
@@ -118,4 +119,8 @@ class DiffusionPolicy(nn.Module):
             x = (c_x0 - c_eps * a / s) * x0 + (c_eps / s) * x
             if sigma:
                 x = x + sigma * torch.randn(size, generator=generator, device=obs.device)
+        if not torch.isfinite(x).all():
+            raise FloatingPointError(
+                "a sampled chunk is not finite: the policy has diverged, or an observation is not finite"
+            )
         return x.view(b, *self.shape)

@@ -32,7 +32,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from modip.config import Params, RuntimeConfig, load
+from modip.agents import AGENTS
+from modip.config import Params, RuntimeConfig, load, unknown
 from modip.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ def run(
     _log_to_terminal()
     try:
         params = load(args.params)
+        for agent in params.agent:
+            if agent not in AGENTS:
+                raise UserError(unknown(f"{args.params}: agent", agent, AGENTS))
         if "dataset" in args:
             use(params.cell(args.dataset).runtime)
         body(args, params)

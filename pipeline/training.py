@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -122,7 +123,7 @@ def run(
     """Advance `job` to its end, saving its state every `runtime.checkpoint_seconds`.
 
     `done` counts progress in `unit`s up to `total`. Whenever `job.env_steps` passes one of `points` (ascending),
-    `at_point` gives rows for the curve.
+    `at_point` gives rows for the curve. Raises UserError when the training diverges.
     """
     points = points or []
     seconds, passed, rows, logged = 0.0, 0, 0, 0
@@ -151,12 +152,18 @@ def run(
                     tracker.log({"kind": "evaluation", **head(), **row})
                 while passed < len(points) and job.env_steps >= points[passed]:
                     passed += 1
-            metrics = job.advance()
+            try:
+                metrics = job.advance()
+            except FloatingPointError as error:
+                raise _diverged(title, job, str(error)) from None
             if metrics is None:
                 break
             if metrics and job.grad_steps >= logged + LOG_EVERY:
                 logged = job.grad_steps
                 losses = {name: float(value) for name, value in metrics.items()}
+                for name, value in losses.items():
+                    if not math.isfinite(value):
+                        raise _diverged(title, job, f"{name} is {value}")
                 tracker.log({"kind": "train", **head(), **losses})
             if done() > shown:
                 bar.advance(done() - shown)
@@ -168,6 +175,13 @@ def run(
                 saved = time.monotonic()
         seconds = head()["seconds"]
     return Run(seconds, folder / "curve.jsonl")
+
+
+def _diverged(title: str, job: Fit | Interaction, what: str) -> UserError:
+    return UserError(
+        f"{title}: {what} after {job.grad_steps} updates; training has diverged: lower the learning rate "
+        "or grad_clip of that part in params.yaml"
+    )
 
 
 def finish(folder: Path) -> None:

@@ -189,6 +189,14 @@ def test_a_planner_that_has_diverged_says_so(part: str) -> None:
         agent.act(torch.randn(2, 4), generator(), explore=True)
 
 
+@pytest.mark.parametrize("agent", AGENTS)
+def test_a_policy_that_has_diverged_says_so(agent: str) -> None:
+    it = agent_of(JOBS[agent](small_cell()))
+    _poison((it.learner if agent == "bc" else it.policy_learner).ema.net)
+    with pytest.raises(FloatingPointError, match="the policy has diverged"):
+        it.act(torch.randn(2, 4), generator(), explore=True)
+
+
 BUDGETS = {
     "chunks divide it": {"env_steps": 64, "final_env_steps": 16, "num_envs": 4},
     "nothing divides it": {"env_steps": 61, "final_env_steps": 13, "num_envs": 3},

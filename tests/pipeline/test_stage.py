@@ -36,7 +36,9 @@ def run(
     monkeypatch: pytest.MonkeyPatch, body: Any, *argv: str, runtime: RuntimeConfig = RUNTIME
 ) -> int:
     cell = SimpleNamespace(runtime=runtime)
-    monkeypatch.setattr(stage, "load", lambda path: SimpleNamespace(path=path, cell=lambda _: cell))
+    monkeypatch.setattr(
+        stage, "load", lambda path: SimpleNamespace(path=path, agent=("bc",), cell=lambda _: cell)
+    )
     monkeypatch.setattr("sys.argv", ["stage", *argv])
     return stage.run(stage.parser("Train.\n\nMore.", "dataset", "seed"), body)
 
