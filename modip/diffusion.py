@@ -116,9 +116,9 @@ class DiffusionPolicy(nn.Module):
                     x0 = a * x - s * out
             x0 = x0.clamp(-1.0, 1.0)
             # eps is (x - a x0) / s with the clipped x0, so the two stay consistent.
-            x = (c_x0 - c_eps * a / s) * x0 + (c_eps / s) * x
+            x = ((c_eps / s) * x).add_(x0, alpha=c_x0 - c_eps * a / s)
             if sigma:
-                x = x + sigma * torch.randn(size, generator=generator, device=obs.device)
+                x.add_(torch.randn(size, generator=generator, device=obs.device), alpha=sigma)
         if not torch.isfinite(x).all():
             raise FloatingPointError(
                 "a sampled chunk is not finite: the policy has diverged, or an observation is not finite"

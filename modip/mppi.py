@@ -74,5 +74,6 @@ def plan(
         raise FloatingPointError(
             "a planned return is not finite: the world model or the critics have diverged"
         )
-    chunk = mean if config.selection == "mean" else elites[:, 0]
+    # Rounding may carry the weighted mean of ones a little past one.
+    chunk = mean.clamp(-1.0, 1.0) if config.selection == "mean" else elites[:, 0]
     return Plan(chunk, elite_value[:, 0], prior_value, mean, std)

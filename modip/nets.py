@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from modip.types import State
 
 M = TypeVar("M", bound=nn.Module)
+# From this many activations per layer on, members run one by one: all at once would not stay in the cache.
+LARGE = 64 * 1024
+# oneDNN's product, a tenth faster on the CPUs tried than torch.addmm's MKL and twice for narrow outputs. Private to
+# torch (torch.compile calls it): where it is missing, torch.addmm serves.
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class Denoiser(nn.Module):
@@ -39,12 +44,12 @@ class Denoiser(nn.Module):
             nn.init.zeros_(down.weight)  # type: ignore[arg-type]
 
     def condition(self, obs: Tensor) -> Tensor:
-        """(B, Do) -> (B, width)."""
-        return self.obs(obs)
+        """(B, Do) -> (B, width): the observation's part of the first layer, its bias included."""
+        return F.linear(obs, self.obs.weight, self.obs.bias + self.inp.bias)
 
     def forward(self, x: Tensor, step: Tensor | int, condition: Tensor) -> Tensor:
         """x (B, H*Da), step (B,) or one int, condition (B, width) -> (B, H*Da)."""
-        h = self.inp(x) + condition + self.time.weight[step]
+        h = torch.addmm(condition + self.time.weight[step], x, self.inp.weight.t())
         for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
             h = h + down(F.silu(up(F.silu(norm(h)))))
         return self.out(F.silu(h))
@@ -60,11 +65,23 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(ensemble, 1, out).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[2] == 1:  # a batched GEMV is ten times slower on a CPU
+            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.weight)
+
+    def infer(self, e: int, x: Tensor) -> Tensor:
+        """(B, in) -> (B, out) of member e, on a CPU and without gradients."""
+        if ONEDNN_LINEAR is None:
+            return torch.addmm(self.bias[e], x, self.weight[e])
+        out: Tensor = ONEDNN_LINEAR(x, self.weight[e].t(), self.bias[e, 0], "none", [], "")
+        return out
 
 
 class EnsembleMLP(nn.Module):
     """E independent MLPs, Linear + LayerNorm + SiLU twice or more, then a linear output."""
+
+    one: Tensor
+    zero: Tensor
 
     def __init__(self, ensemble: int, inp: int, out: int, width: int, layers: int) -> None:
         super().__init__()
@@ -76,13 +93,26 @@ class EnsembleMLP(nn.Module):
         self.shift = nn.Parameter(torch.zeros(layers, ensemble, 1, width))
         self.out = EnsembleLinear(ensemble, width, out)
         self.width = width
+        # With a gain and a shift, layer_norm takes a path twice as fast on a CPU.
+        self.register_buffer("one", torch.ones(width), persistent=False)
+        self.register_buffer("zero", torch.zeros(width), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(E, B, in) -> (E, B, out)."""
-        for i, layer in enumerate(self.hidden):
-            x = F.layer_norm(layer(x), (self.width,))
-            x = F.silu(torch.addcmul(self.shift[i], x, self.gain[i]))
+        if x.is_cpu and not torch.is_grad_enabled() and x.shape[1] * self.width > LARGE:
+            return torch.stack([self._infer(e, rows) for e, rows in enumerate(x.unbind())])
+        for layer, gain, shift in zip(self.hidden, self.gain, self.shift, strict=True):
+            x = F.layer_norm(layer(x), (self.width,), self.one, self.zero)
+            x = F.silu(torch.addcmul(shift, x, gain))
         return self.out(x)
+
+    def _infer(self, e: int, x: Tensor) -> Tensor:
+        """(B, in) -> (B, out) of member e, on a CPU and without gradients: fewer passes over memory."""
+        for layer, gain, shift in zip(self.hidden, self.gain, self.shift, strict=True):
+            assert isinstance(layer, EnsembleLinear)
+            x = F.layer_norm(layer.infer(e, x), (self.width,), gain[e, 0], shift[e, 0])
+            x = F.silu(x, inplace=True)
+        return self.out.infer(e, x)
 
 
 @torch.no_grad()
