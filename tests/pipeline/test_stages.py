@@ -1,0 +1,238 @@
+"""dvc.yaml against the programs: a stage's `params:` are the sections its program reads, no more and no fewer."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from modip.agents import AGENTS
+from modip.config import SECTIONS, Cell, Params, build
+from modip.errors import UserError
+from pipeline import (
+    convert,
+    download,
+    evaluate,
+    finetune,
+    pretrain_bc,
+    pretrain_model,
+    stage,
+    training,
+)
+from tests.helpers import ROOT, small_tree
+
+STAGES: dict[str, dict[str, Any]] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]  # fmt: skip
+MAINS: dict[str, ModuleType] = {
+    "pretrain_bc": pretrain_bc,
+    "pretrain_model": pretrain_model,
+    "finetune": finetune,
+    "evaluate": evaluate,
+}
+MATRIX = ("dataset", "agent", "seed")
+
+
+def test_every_stage_is_a_program_with_its_matrix() -> None:
+    for name, entry in STAGES.items():
+        matrix = entry.get("matrix", {})
+        assert matrix == {axis: f"${{{axis}}}" for axis in MATRIX if axis in matrix}
+        arguments = "".join(f" --{axis} ${{item.{axis}}}" for axis in matrix)
+        assert entry["cmd"] == f"python -m pipeline.{name}{arguments}"
+        assert importlib.import_module(f"pipeline.{name}").body
+        assert entry["desc"]
+    assert {p.stem for p in (ROOT / "pipeline").glob("*.py")} >= set(STAGES)
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_a_stage_depends_on_the_sections_its_program_reads(name: str) -> None:
+    """Of each its `base` and its own data set's values, so that another data set's make nothing stale."""
+    reads: tuple[str, ...] = MAINS[name].READS
+    expected = [p for s in reads for p in (f"{s}.base", f"{s}.by_dataset.${{item.dataset}}")]
+    assert sorted(STAGES[name]["params"]) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", ["download", "convert"])
+def test_a_data_stage_depends_on_its_data_sets_entry(name: str) -> None:
+    assert STAGES[name]["params"] == ["data.${item.dataset}"]
+
+
+def test_every_section_is_read_by_some_stage() -> None:
+    read = {section for main in MAINS.values() for section in main.READS}
+    assert read == set(SECTIONS)
+
+
+def test_the_parameters_are_complete() -> None:
+    """Every data set has an entry in every section: DVC refuses a stage whose parameter is missing."""
+    tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
+    for section in SECTIONS:
+        assert set(tree[section]) == {"base", "by_dataset"}
+        assert set(tree[section]["by_dataset"]) == set(tree["data"]), section
+        assert all(values is not None for values in tree[section]["by_dataset"].values()), section
+    assert set(tree) == {*MATRIX, "runtime", "data", *SECTIONS}
+    assert set(tree["agent"]) <= set(AGENTS)
+
+
+def test_what_a_stage_is_given_another_one_makes() -> None:
+    outs = {
+        path if isinstance(path, str) else next(iter(path))
+        for entry in STAGES.values()
+        for kind in ("outs", "metrics")
+        for path in entry.get(kind, [])
+    }
+    for name, entry in STAGES.items():
+        for path in entry.get("deps", []):
+            plain = re.sub(r"\$\{.*?\}", "*", path)
+            made = path in outs or any(out.startswith(f"{path}/") for out in outs)
+            assert made or "*" not in plain, f"{name} needs {path}, which no stage makes"
+            assert made or (ROOT / path).exists(), f"{name} needs {path}, which is not there"
+        assert f"pipeline/{name}.py" in entry["deps"]
+
+
+class Recorder:
+    """A cell that notes which of its sections are looked at."""
+
+    def __init__(self, cell: Cell, seen: set[str]) -> None:
+        self._cell, self._seen = cell, seen
+
+    def __getattr__(self, name: str) -> Any:
+        if name in SECTIONS:
+            self._seen.add(name)
+        return getattr(self._cell, name)
+
+
+class Recording:
+    """Parameters whose cells note what is read; `data` as it is."""
+
+    def __init__(self, params: Params, seen: set[str]) -> None:
+        self._params, self._seen, self.data = params, seen, params.data
+
+    def cell(self, dataset: str) -> Any:
+        return Recorder(self._params.cell(dataset), self._seen)
+
+
+def work(main: ModuleType, params: Any, **arguments: Any) -> None:
+    main.body(argparse.Namespace(**{"dataset": "toy", "seed": 0, **arguments}), params)
+
+
+@pytest.fixture(scope="module")
+def small() -> Params:
+    return build(small_tree(), Path("params.yaml"))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, small: Params) -> tuple[Path, dict[str, set[str]]]:  # fmt: skip
+    """Every stage's program, run once on a small cell; and the sections each of them looked at."""
+    folder = tmp_path_factory.mktemp("stages")
+    seen: dict[str, set[str]] = {name: set() for name in ("download", "convert", *MAINS)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for main in (download, convert, pretrain_bc, pretrain_model):
+            name = main.__name__.rpartition(".")[2]
+            work(main, Recording(small, seen[name]))
+        for agent in AGENTS:
+            work(finetune, Recording(small, seen["finetune"]), agent=agent)
+            work(evaluate, Recording(small, seen["evaluate"]), agent=agent)
+    return folder, seen
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_a_program_looks_at_just_these(name: str, done: tuple[Path, dict[str, set[str]]]) -> None:
+    assert done[1][name] == set(MAINS[name].READS)
+
+
+@pytest.mark.parametrize("name", ["download", "convert"])
+def test_the_data_depend_on_no_agents_values(
+    name: str, done: tuple[Path, dict[str, set[str]]]
+) -> None:
+    assert done[1][name] == set()
+
+
+def test_a_program_writes_just_the_outs_of_its_stage(done: tuple[Path, Any]) -> None:
+    """All of them, so that DVC is content; and nothing else in data/, where it would be lost or lie."""
+    folder = done[0]
+    wanted: set[Path] = set()
+    for entry in STAGES.values():
+        if "matrix" not in entry:
+            continue
+        for out in [*entry.get("outs", []), *entry.get("metrics", [])]:
+            path = out if isinstance(out, str) else next(iter(out))
+            for agent in AGENTS:
+                item = {"dataset": "toy", "seed": "0", "agent": agent}
+                filled = re.sub(r"\$\{item\.(\w+)\}", lambda m, i=item: i[m[1]], path)  # type: ignore[misc]
+                wanted.add(folder / filled)
+    for path in wanted:
+        assert path.exists(), path
+    for file in (folder / "data").rglob("*"):
+        if file.is_file():
+            assert any(file == out or out in file.parents for out in wanted), file
+    assert not list((folder / "scratch").glob("*/state")), "a finished job leaves no state behind"
+
+
+def test_another_results_parameters_start_another_run(small: Params, done: tuple[Path, Any]) -> None:  # fmt: skip
+    """The scratch folder is named by all that the job depends on, and by nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(done[0])
+        other = build(small_tree({"mppi.horizon": 2}), Path("params.yaml"))
+        folders = {
+            name: {
+                reads: training.scratch_folder(
+                    training.open_task(params, "toy", seed), "job", (reads,), parent
+                )
+                for reads in ("mppi", "diffusion")
+            }
+            for name, params, seed, parent in (
+                ("base", small, 0, "a"),
+                ("same", small, 0, "a"),
+                ("mppi", other, 0, "a"),
+                ("seed", small, 1, "a"),
+                ("parent", small, 0, "b"),
+            )
+        }
+    assert folders["base"] == folders["same"]
+    assert folders["base"]["diffusion"] == folders["mppi"]["diffusion"]
+    for reads in ("mppi", "diffusion"):
+        found = {folders[name][reads] for name in ("base", "seed", "parent")}
+        assert len(found) == 3
+    assert folders["base"]["mppi"] != folders["mppi"]["mppi"]
+
+
+def test_training_that_diverges_ends_in_one_line(
+    small: Params, done: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(done[0])
+    monkeypatch.setattr(training, "LOG_EVERY", 1)
+    tree = small_tree({"diffusion.lr": 1e30, "diffusion.grad_clip": 1e30, "diffusion.updates": 8})
+    with pytest.raises(UserError, match="behaviour cloning: policy_loss is .* diverged: lower"):
+        work(pretrain_bc, build(tree, Path("params.yaml")))
+
+
+def test_an_unknown_agent_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = small_tree() | {"agent": ["bc", "modp"]}
+    YAML().dump(tree, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["stage", "--dataset", "toy"])
+    monkeypatch.setattr(stage, "_log_to_terminal", lambda: None)
+    monkeypatch.setattr(stage, "QUIET", {})
+    worked: list[Any] = []
+    assert stage.run(stage.parser("x", "dataset"), lambda *given: worked.append(given)) == 2
+    assert not worked
+    assert "params.yaml: agent 'modp' is unknown: did you mean 'modip'?" in capsys.readouterr().err
+
+
+def test_the_same_stage_twice_is_the_same_result(small: Params, done: tuple[Path, Any], tmp_path: Path) -> None:  # fmt: skip
+    """Bit for bit, and though torch's own noise was elsewhere before."""
+    torch.manual_seed(99)
+    first = done[0] / "data" / "artifacts" / "toy" / "pretrained" / "0" / "policy"
+    before = {p.name: p.read_bytes() for p in first.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(done[0])
+        work(pretrain_bc, small)
+    assert {p.name: p.read_bytes() for p in first.iterdir()} == before
