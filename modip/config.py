@@ -70,6 +70,9 @@ class DiffusionConfig(Section):
     weight_decay: NonNegative = Field(description="AdamW weight decay")
     grad_clip: Positive = Field(description="largest gradient norm")
     ema_decay: Share = Field(description="memory of the averaged weights that act")
+    hidden: list[Annotated[int, Field(ge=0)]] = Field(
+        description="observation dimensions the policy does not see (the model and the critics do)"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -180,6 +183,9 @@ class ModipConfig(Section):
     model_lr: Positive = Field(description="online AdamW rate, decayed to a tenth by a cosine")
     critic_lr: Positive = Field(description="online AdamW rate, decayed to a tenth by a cosine")
     policy_lr: Positive = Field(description="online AdamW rate, decayed to a tenth by a cosine")
+    plan_steps: Count = Field(
+        description="environment steps that one copy of the averaged weights acts for"
+    )
     offline_share: Share = Field(description="share of the data set in model and critic batches")
     demo_share: DemoShareConfig
     imagined_share: Share = Field(

@@ -28,6 +28,7 @@ class DiffusionPolicy(nn.Module):
     """Observation (B, Do) -> action chunk (B, H, Da) in [-1, 1], by denoising."""
 
     alpha_bar: Tensor
+    seen: Tensor
 
     def __init__(
         self,
@@ -42,6 +43,9 @@ class DiffusionPolicy(nn.Module):
         self.act_steps = chunk.act_steps
         self.config = config
         self.normalizer = normalizer
+        seen = torch.ones(obs_dim)
+        seen[config.hidden] = 0.0
+        self.register_buffer("seen", seen)
         self.net = Denoiser(
             obs_dim, chunk.horizon * action_dim, config.denoising_steps, config.width, config.blocks
         )
@@ -77,7 +81,7 @@ class DiffusionPolicy(nn.Module):
         eps = torch.randn(x0.shape, generator=generator, device=obs.device)
         a = self.alpha_bar[step].sqrt().unsqueeze(1)
         s = (1 - self.alpha_bar[step]).sqrt().unsqueeze(1)
-        out = self.net(a * x0 + s * eps, step, self.net.condition(self.normalizer(obs)))
+        out = self.net(a * x0 + s * eps, step, self.net.condition(self.seen * self.normalizer(obs)))
         match self.config.prediction:
             case "sample":
                 target = x0
@@ -104,7 +108,7 @@ class DiffusionPolicy(nn.Module):
             if noise is None
             else noise.reshape(size)
         )
-        condition = self.net.condition(self.normalizer(obs))
+        condition = self.net.condition(self.seen * self.normalizer(obs))
         for k, a, s, c_x0, c_eps, sigma in self._schedule:
             out = self.net(x, k, condition)
             match self.config.prediction:

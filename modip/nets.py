@@ -16,7 +16,7 @@ from modip.types import State
 M = TypeVar("M", bound=nn.Module)
 # From this many activations per layer on, members run one by one: all at once would not stay in the cache.
 LARGE = 64 * 1024
-# oneDNN's product, a tenth faster on the CPUs tried than torch.addmm's MKL and twice for narrow outputs. Private to
+# oneDNN's product: on AMD Zen 4 a tenth faster than torch.addmm, twice for narrow outputs. Private to
 # torch (torch.compile calls it): where it is missing, torch.addmm serves.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 

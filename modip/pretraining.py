@@ -39,10 +39,12 @@ class Pretraining:
         if self.model.grad_steps < self.cell.world_model.updates:
             config = self.cell.world_model
             rows = self.demos.sample_rows(config.batch_size, self.generator)
-            return update_model(self.model, self.demos.window(rows, config.loss_horizon + 1))
+            return update_model(
+                self.model, self.demos.window(rows, config.loss_horizon + 1, self.generator)
+            )
         if self.critics.grad_steps < self.cell.critics.updates:
             rows = self.demos.sample_rows(self.cell.critics.batch_size, self.generator)
-            window = self.demos.window(rows, self.cell.critics.n_step + 1)
+            window = self.demos.window(rows, self.cell.critics.n_step + 1, self.generator)
             return update_critics(
                 self.critics, self.model.ema, window, self.cell.critics, self.policy, self.generator
             )

@@ -17,9 +17,18 @@ class Replay:
     """`capacity` rows for each of `streams` environments."""
 
     def __init__(
-        self, streams: int, capacity: int, obs_dim: int, action_dim: int, device: torch.device
+        self,
+        streams: int,
+        capacity: int,
+        obs_dim: int,
+        action_dim: int,
+        device: torch.device,
+        mirror: Tensor | None = None,
     ) -> None:
+        """`mirror` (Do + Da,): signs of the mirror image, where the environment has that symmetry."""
         self.obs_dim, self.action_dim, self.capacity = obs_dim, action_dim, capacity
+        self.mirror = mirror
+        self._signs = None if mirror is None else torch.cat([mirror, torch.ones(2)]).to(device)
         self.table = torch.zeros(streams * capacity, obs_dim + action_dim + 2, device=device)
         self.end = torch.zeros(streams * capacity, dtype=torch.int64, device=device)
         # Return of the row's episode so far, NaN while it is running: what a filter on real returns reads.
@@ -29,11 +38,15 @@ class Replay:
 
     @classmethod
     def from_episodes(
-        cls, episodes: Episodes, reward_offset: float, device: torch.device
+        cls,
+        episodes: Episodes,
+        reward_offset: float,
+        device: torch.device,
+        mirror: Tensor | None = None,
     ) -> Replay:
         """Pack a data set once; `reward_offset` is added to each reward."""
         n, obs_dim = episodes.observation.shape
-        replay = cls(1, n, obs_dim, episodes.action.shape[1], device)
+        replay = cls(1, n, obs_dim, episodes.action.shape[1], device, mirror)
         replay.table[:, :obs_dim] = torch.tensor(episodes.observation)
         replay.table[:, obs_dim:-2] = torch.tensor(episodes.action)
         replay.table[:, -2] = torch.tensor(episodes.reward) + reward_offset
@@ -86,13 +99,32 @@ class Replay:
         ).long()
         return stream * self.capacity + (filled - span) + offset
 
-    def window(self, rows: Tensor, length: int) -> Window:
-        """The `length` rows from each of `rows` on, cut (and masked) at the end of their episode."""
+    def earned(self, fresh: int, discount: float) -> float:
+        """What acted in the streams' last `fresh` rows is worth, with no need of a finished episode.
+
+        Mean reward / (1 - discount + rate of terminations): the discounted value of a process that earns its mean
+        reward in every step and terminates at its mean rate.
+        """
+        last = [
+            self.table[stream * self.capacity + max(0, n - fresh) : stream * self.capacity + n, -2:]
+            for stream, n in enumerate(self.filled.tolist())
+        ]
+        reward, terminated = torch.cat(last).mean(0).tolist()
+        return float(reward / (1.0 - discount + terminated))
+
+    def window(self, rows: Tensor, length: int, generator: torch.Generator | None = None) -> Window:
+        """The `length` rows from each of `rows` on, cut (and masked) at the end of their episode.
+
+        With a generator, half of the windows (at random) are mirrored, where there is a mirror image.
+        """
         end = self.end[rows].unsqueeze(1)
         index = rows.unsqueeze(1) + torch.arange(length, device=rows.device)
         mask = (index < end).float()
         got = self.table[torch.minimum(index, end - 1)]
         do = self.obs_dim
+        if generator is not None and self._signs is not None:
+            flip = torch.rand(len(rows), 1, 1, generator=generator, device=rows.device) < 0.5
+            got = torch.where(flip, self._signs * got, got)
         return Window(got[..., :do], got[..., do:-2], got[..., -2], got[..., -1], mask)
 
     def state_dict(self) -> State:

@@ -117,7 +117,7 @@ def _modip(task: Task, start: Path) -> None:
         parents=list(parents),
     )
     save_policy(out / "final" / "policy", agent.policy_learner.ema, cell, task.spec, meta)
-    save_model(out / "final" / "model", agent.model.ema, agent.critics.ema, cell, task.spec, meta)
+    save_model(out / "final" / "model", *agent.resting, cell, task.spec, meta)
     _write_curve(out, done)
     training.finish(folder)
 

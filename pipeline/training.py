@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import modip
-from modip import checkpoint
+from modip import checkpoint, envs
 from modip.config import Cell, Params
 from modip.data import episodes
 from modip.envs import BatchedEnv
@@ -74,7 +74,7 @@ def open_task(params: Params, dataset: str, seed: int, *, reward_offset: float =
     path = EPISODES / f"{dataset}.parquet"
     found = episodes.read(path)
     device = stage.device(cell.runtime)
-    demos = Replay.from_episodes(found, reward_offset, device)
+    demos = Replay.from_episodes(found, reward_offset, device, envs.mirror(found.info.env_id))
     spec = Spec(dataset, found.info.env_id, demos.obs_dim, demos.action_dim)
     with path.open("rb") as file:
         source = hashlib.file_digest(file, "sha256").hexdigest()

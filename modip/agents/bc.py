@@ -51,7 +51,7 @@ class BC:
         if self.learner.grad_steps >= self.num_updates:
             return {}
         rows = self.demos.sample_rows(self.batch_size, self.generator)
-        window = self.demos.window(rows, self.learner.module.shape[0])
+        window = self.demos.window(rows, self.learner.module.shape[0], self.generator)
         return update_policy(self.learner, window, self.generator)
 
     def state_dict(self) -> State:

@@ -4,16 +4,25 @@ Acts with an MPPI plan in the world model, with the policy's own chunks among th
 Learns the model and the critics from offline and online data, on targets that no policy action enters. Distils what
 was planned and executed into the diffusion policy with its ordinary denoising loss. No gradient passes the chain.
 
-Deviations from the paper's description, each with its reason: the latent is the normalised observation by default
-(faster and as good on low-dimensional states); the distilled data are the freshest, since batches of all ages never
-let the policy follow the planner; the run ends with a distillation of the final, frozen planner; the averaged
-weights of model and critics plan, which takes the wobble out of few-data online learning.
+Deviations from the paper's description, each with its reason:
+- the latent is the normalised observation by default: faster, and as good on low-dimensional states;
+- what acts is a copy that rests for `plan_steps` environment steps, then takes over the newest averaged weights:
+  a planner that changes with every update chases its few new data, and its return wobbles. What each copy really
+  earned is known from training, so the last phase goes back to the best of them, at no environment step;
+- fresh executed chunks of the episodes that paid are distilled: batches of all ages never let the policy follow
+  the planner, and the demonstrations that paid less than the planner drop out;
+- the online stream's share of the batches grows with the stream, so that its first few rows do not fill them;
+- the run ends with a distillation of the best, frozen planner, inside the budget of environment steps.
 """
 
 from __future__ import annotations
 
+import copy
+import math
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modip import mppi
 from modip.config import Cell
@@ -103,10 +112,16 @@ class Modip:
             lr=config.critic_lr,
             num_updates=int(config.critic_updates * online),
         )
+        # What acts: copies that rest while their real return is measured.
+        self.acting = nn.ModuleDict({"policy": policy, "model": model, "critics": critics})
+        self.acting = copy.deepcopy(self.acting).requires_grad_(False)
+        self.best, self.best_value, self.block = self.acting.state_dict(), -math.inf, 0
         device = demos.table.device
         # Every chunk takes at least one step of each environment, so this many chunks spend the budget.
         capacity = -(-config.env_steps // config.num_envs) * cell.chunk.act_steps
-        self.replay = Replay(config.num_envs, capacity, demos.obs_dim, demos.action_dim, device)
+        self.replay = Replay(
+            config.num_envs, capacity, demos.obs_dim, demos.action_dim, device, demos.mirror
+        )
         self.generator = torch.Generator(device).manual_seed(seed)
         self.env_steps = 0
         self.debt = {"model": 0.0, "critic": 0.0, "policy": 0.0}
@@ -124,13 +139,18 @@ class Modip:
         return policy.sample(obs, generator)[:, : policy.act_steps]
 
     def planner(self, obs: Tensor, generator: torch.Generator) -> Tensor:
-        """The plan's executed part, without exploration: (B, Do) -> (B, Ta, Da)."""
-        return self.plan(obs, generator).chunk[:, : self.cell.chunk.act_steps]
+        """The resting model and critics with today's policy, without exploration: (B, Do) -> (B, Ta, Da)."""
+        plan = self._plan(obs, self.policy_learner.ema, generator)
+        return plan.chunk[:, : self.cell.chunk.act_steps]
 
-    def plan(self, obs: Tensor, generator: torch.Generator) -> Plan:
-        return plan(
-            obs, self.policy_learner.ema, self.model.ema, self.critics.ema, self.cell, generator
-        )
+    def _plan(self, obs: Tensor, policy: DiffusionPolicy, generator: torch.Generator) -> Plan:
+        model, critics = self.resting
+        return plan(obs, policy, model, critics, self.cell, generator)
+
+    @property
+    def resting(self) -> tuple[WorldModel, Critics]:
+        """The model and the critics that plan."""
+        return cast(WorldModel, self.acting["model"]), cast(Critics, self.acting["critics"])
 
     def act(self, obs: Tensor, generator: torch.Generator, *, explore: bool) -> Tensor:
         """(B, Do) -> (B, Ta, Da); with `explore`, also plans for imagined states and adds exploration noise."""
@@ -139,7 +159,8 @@ class Modip:
         b = obs.shape[0]
         if explore and self.config.imagined_share > 0:
             obs = torch.cat([obs, self._states(self.config.imagined_states)])
-        chunk = self.plan(obs, generator).chunk
+        policy = cast(DiffusionPolicy, self.acting["policy"])
+        chunk = self._plan(obs, policy, generator).chunk
         if explore and len(chunk) > b:
             self._remember(obs[b:], chunk[b:])
         chunk = chunk[:b, : self.cell.chunk.act_steps]
@@ -167,7 +188,10 @@ class Modip:
 
     @property
     def _fresh_rows(self) -> int:
-        return max(1, self.config.fresh_steps // self.config.num_envs)
+        """Rows of each environment that are young enough; in the final phase, all the frozen planner's too."""
+        config = self.config
+        last = config.final_env_steps if self.frozen else 0
+        return max(1, max(config.fresh_steps, last) // config.num_envs)
 
     @property
     def frozen(self) -> bool:
@@ -177,9 +201,8 @@ class Modip:
     def observe(self, step: ChunkStep) -> None:
         config = self.config
         # Of a chunk that crosses into the final phase, the steps before it count: the control's updates are as many.
-        learned = max(
-            0, min(step.env_steps, config.env_steps - config.final_env_steps - self.env_steps)
-        )
+        online = config.env_steps - config.final_env_steps
+        learned = max(0, min(step.env_steps, online - self.env_steps))
         self.replay.append(step._replace(reward=step.reward + self.cell.critics.reward_offset))
         self.env_steps += step.env_steps
         self.debt["model"] += config.model_updates * learned
@@ -187,7 +210,28 @@ class Modip:
         self.debt["policy"] += config.policy_updates * learned
         if self.env_steps >= config.env_steps:
             self.debt["policy"] += config.final_updates
+        if learned and (self.frozen or self.env_steps // config.plan_steps > self.block):
+            self._next_block()
         self._refresh_filter()
+
+    def _next_block(self) -> None:
+        """Judge what acted by what it earned; then the newest averages act, or, in the final phase, the best so far."""
+        self.block = self.env_steps // self.config.plan_steps
+        rows = max(1, self.config.plan_steps // self.config.num_envs)
+        value = self.replay.earned(rows, self.cell.critics.discount)
+        if value > self.best_value:
+            self.best_value = value
+            self.best = {name: part.clone() for name, part in self.acting.state_dict().items()}
+        if self.frozen:
+            self.acting.load_state_dict(self.best)
+            return
+        newest = {
+            "policy": self.policy_learner.ema,
+            "model": self.model.ema,
+            "critics": self.critics.ema,
+        }
+        for name, part in newest.items():
+            self.acting[name].load_state_dict(part.state_dict())
 
     def _refresh_filter(self) -> None:
         if self.config.keep >= 1.0:
@@ -221,13 +265,16 @@ class Modip:
                         return update_policy(self.policy_learner, self._targets(), self.generator)
         return {}
 
+    def _online(self, size: int, share: float) -> int:
+        """Rows of a batch for the online stream: its share, once it is as long as a block."""
+        return round(size * share * min(1.0, self.env_steps / self.config.plan_steps))
+
     def _mixed(self, size: int, length: int) -> Window:
         """Windows of the data set and of the online stream, by `offline_share`."""
-        offline = round(size * self.config.offline_share)
-        return concat(
-            self.demos.window(self.demos.sample_rows(offline, self.generator), length),
-            self.replay.window(self.replay.sample_rows(size - offline, self.generator), length),
-        )
+        online, generator = self._online(size, 1.0 - self.config.offline_share), self.generator
+        old = self.demos.window(self.demos.sample_rows(size - online, generator), length, generator)
+        rows = self.replay.sample_rows(online, generator)
+        return concat(old, self.replay.window(rows, length, generator))
 
     @property
     def demo_share(self) -> float:
@@ -238,19 +285,18 @@ class Modip:
     def _targets(self) -> Window:
         """What the policy imitates: demonstrations, imagined plans, and fresh executed chunks that paid."""
         size, horizon = self.cell.diffusion.batch_size, self.cell.chunk.horizon
-        demos = round(size * self.demo_share)
+        demos = size - self._online(size, 1.0 - self.demo_share)
         planned = round((size - demos) * self.config.imagined_share) if self.imagined else 0
         executed = size - demos - planned
         rows = self.replay.sample_rows(executed, self.generator, self._fresh_rows)
-        window = self.replay.window(rows, horizon)
-        paid = ~(
-            self.replay.episode_return[rows] < self.keep_above
-        )  # a running episode (NaN) counts
-        window = window._replace(mask=window.mask * paid.float().unsqueeze(1))
+        # Of a running episode nobody knows what it will pay: its return is NaN, and it does not count yet.
+        window = self._that_paid(
+            self.replay, rows, self.replay.episode_return[rows] >= self.keep_above
+        )
         if demos:
-            window = concat(
-                window, self.demos.window(self.demos.sample_rows(demos, self.generator), horizon)
-            )
+            rows = self.demos.sample_rows(demos, self.generator)
+            paid = self.demos.episode_return[rows] >= self.keep_above
+            window = concat(window, self._that_paid(self.demos, rows, paid))
         if planned:
             known = min(self.imagined, len(self.imagined_obs))
             pick = torch.randint(
@@ -266,11 +312,16 @@ class Modip:
             window = concat(window, Window(obs, self.imagined_chunk[pick], zeros, zeros, mask))
         return window
 
+    def _that_paid(self, source: Replay, rows: Tensor, paid: Tensor) -> Window:
+        window = source.window(rows, self.cell.chunk.horizon, self.generator)
+        return window._replace(mask=window.mask * paid.float().unsqueeze(1))
+
     def state_dict(self) -> State:
         return {
             "policy": self.policy_learner.state_dict(), "model": self.model.state_dict(),
             "critics": self.critics.state_dict(), "replay": self.replay.state_dict(),
             "generator": self.generator.get_state(), "env_steps": self.env_steps, "debt": dict(self.debt),
+            "acting": self.acting.state_dict(), "best": self.best, "best_value": self.best_value, "block": self.block,
             "keep_above": self.keep_above, "imagined": self.imagined,
             "imagined_obs": self.imagined_obs, "imagined_chunk": self.imagined_chunk,
         }  # fmt: skip
@@ -282,6 +333,8 @@ class Modip:
         self.replay.load_state_dict(state["replay"])
         self.generator.set_state(state["generator"])
         self.env_steps, self.debt = state["env_steps"], dict(state["debt"])
+        self.acting.load_state_dict(state["acting"])
+        self.best, self.best_value, self.block = state["best"], state["best_value"], state["block"]
         self.keep_above, self.imagined = state["keep_above"], state["imagined"]
         self.imagined_obs.copy_(state["imagined_obs"])
         self.imagined_chunk.copy_(state["imagined_chunk"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from modip.data import episodes
 from modip.data.episodes import Episodes
 from modip.data.sources import PushTSource
@@ -21,9 +23,12 @@ def convert(dataset: str, config: PushTSource, path: Path, sha256: str) -> Episo
             f"{config.path}: observation and action have {shape[0]} and {shape[1]} numbers; PushT "
             "recordings have 5 (agent xy, block xy, angle) and 2 (target xy)"
         )
+    agent, first = raw.observation[:, :2], raw.starts[:-1]
+    previous = np.roll(agent, 1, axis=0)
+    previous[first] = agent[first]
     return replace(
         raw,
         info=replace(raw.info, dataset=dataset, sha256=sha256),
-        observation=pusht.features(raw.observation),
-        action=pusht.relative_action(raw.action, raw.observation[:, :2]),
+        observation=pusht.features(raw.observation, previous),
+        action=pusht.relative_action(raw.action, agent, raw.observation[:, 4]),
     )

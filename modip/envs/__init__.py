@@ -230,6 +230,12 @@ def _spec(env_id: str, env: Adapter) -> EnvSpec:
     )
 
 
+def mirror(env_id: str) -> Tensor | None:
+    """Signs (Do + Da,) that turn a step into its mirror image; None where there is no such symmetry."""
+    signs = family(env_id).mirror
+    return None if signs is None else torch.tensor(signs, dtype=torch.float32)
+
+
 def score(env_id: str, episode_return: float) -> float | None:
     """The D4RL-normalised score (0 random, 100 expert), where D4RL has a reference.
 

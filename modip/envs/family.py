@@ -80,7 +80,8 @@ class Family:
     """One family: how it is recognised and built, and what its numbers mean.
 
     `success_at_end` tells success from the last reward and terminated flag of a recorded
-    episode; None where a recording does not show it.
+    episode; None where a recording does not show it. `mirror` has the sign of each number of an
+    observation and of an action in the mirror image of an episode, where that is an episode too.
     """
 
     matches: Callable[[str], bool]
@@ -88,6 +89,7 @@ class Family:
     packages: tuple[str, ...]
     reward_note: str
     success_at_end: Callable[[float, bool], bool] | None
+    mirror: tuple[int, ...] | None = None
 
 
 def versions(packages: tuple[str, ...]) -> str:
