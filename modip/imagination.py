@@ -26,7 +26,7 @@ def planned_return(
     sum_i discount^i alive_i r_i + discount^h alive_h V(z_h), where alive is the model's probability of no
     termination. Critic member j judges the latents of model member j // (critics / model members), so the spread over
     members covers both. With `terminal_action` the end is Q(z_h, a) instead (the paper's ablation): it costs one
-    denoising of every sequence.
+    denoising of every sequence and model member.
     """
     b, n, h, da = action.shape
     out = model.rollout(latent.repeat_interleave(n, 0), action.reshape(b * n, h, da))
@@ -35,8 +35,8 @@ def planned_return(
     if terminal_action is None:
         value = critics.v(end)
     else:
-        flat = terminal_action(model.decode(end.flatten(0, 1)))
-        value = critics.q(end, flat.view(*end.shape[:2], da))
+        chosen = terminal_action(model.decode(out.latent.flatten(0, 1)))
+        value = critics.q(end, chosen.view(-1, b * n, da).repeat_interleave(copies, 0))
     weights = out.reward.new_tensor([discount**i for i in range(h)])
     reward = (out.reward * out.alive[..., :-1]) @ weights
     total = (

@@ -73,8 +73,7 @@ class EnsembleLinear(nn.Module):
         """(B, in) -> (B, out) of member e, on a CPU and without gradients."""
         if ONEDNN_LINEAR is None:
             return torch.addmm(self.bias[e], x, self.weight[e])
-        out: Tensor = ONEDNN_LINEAR(x, self.weight[e].t(), self.bias[e, 0], "none", [], "")
-        return out
+        return ONEDNN_LINEAR(x, self.weight[e].t(), self.bias[e, 0], "none", [], "")
 
 
 class EnsembleMLP(nn.Module):
