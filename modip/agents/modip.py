@@ -138,14 +138,13 @@ class Modip:
         policy = self.policy_learner.ema
         return policy.sample(obs, generator)[:, : policy.act_steps]
 
-    def planner(self, obs: Tensor, generator: torch.Generator) -> Tensor:
-        """The resting model and critics with today's policy, without exploration: (B, Do) -> (B, Ta, Da)."""
-        plan = self._plan(obs, self.policy_learner.ema, generator)
-        return plan.chunk[:, : self.cell.chunk.act_steps]
+    def plan(self, obs: Tensor, generator: torch.Generator) -> Plan:
+        """With today's policy, and the model and critics that act."""
+        return plan(obs, self.policy_learner.ema, *self.resting, self.cell, generator)
 
-    def _plan(self, obs: Tensor, policy: DiffusionPolicy, generator: torch.Generator) -> Plan:
-        model, critics = self.resting
-        return plan(obs, policy, model, critics, self.cell, generator)
+    def planner(self, obs: Tensor, generator: torch.Generator) -> Tensor:
+        """The plan's executed part, without exploration: (B, Do) -> (B, Ta, Da)."""
+        return self.plan(obs, generator).chunk[:, : self.cell.chunk.act_steps]
 
     @property
     def resting(self) -> tuple[WorldModel, Critics]:
@@ -160,7 +159,7 @@ class Modip:
         if explore and self.config.imagined_share > 0:
             obs = torch.cat([obs, self._states(self.config.imagined_states)])
         policy = cast(DiffusionPolicy, self.acting["policy"])
-        chunk = self._plan(obs, policy, generator).chunk
+        chunk = plan(obs, policy, *self.resting, self.cell, generator).chunk
         if explore and len(chunk) > b:
             self._remember(obs[b:], chunk[b:])
         chunk = chunk[:b, : self.cell.chunk.act_steps]

@@ -278,12 +278,22 @@ def test_fetch_observation_reward_and_success() -> None:
     env = BatchedEnv("FetchPickAndPlace-v4", 1)
     env.reset([0], [4])
     assert env.spec.obs_dim == 31
-    np.testing.assert_allclose(env.obs[0, :25], parts["observation"], rtol=1e-6)
-    way = parts["desired_goal"] - parts["achieved_goal"]
-    np.testing.assert_allclose(env.obs[0, 25:], way, atol=1e-6)
+
+    def check(obs: Tensor, parts: Any) -> None:
+        state, turn = parts["observation"], 4 * parts["observation"][11:14]
+        np.testing.assert_allclose(obs[:11], state[:11], rtol=1e-6)
+        np.testing.assert_allclose(obs[11:14], np.sin(turn), atol=1e-6)
+        np.testing.assert_allclose(obs[14:25], state[14:], rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(
+            obs[25:28], parts["desired_goal"] - parts["achieved_goal"], atol=1e-6
+        )
+        np.testing.assert_allclose(obs[28:], np.cos(turn), atol=1e-6)
+
+    check(env.obs[0], parts)
     for move in actions(env, 5):
         result = env.step(move)
-        _, reward, *_, info = raw.step(move[0].numpy())
+        parts, reward, *_, info = raw.step(move[0].numpy())
+        check(result.obs[0], parts)
         assert result.reward[0] == reward + 1
         assert bool(result.success[0]) == bool(info["is_success"])
     assert envs.success_at_end("FetchPickAndPlace-v4", 1.0, False) is True
@@ -307,10 +317,26 @@ def test_scores_are_d4rls() -> None:
 
 
 def test_pusht_features_in_numbers() -> None:
+    # A block turned by 90 degrees with its origin 100 px right of the agent, which has just moved 5 px to the right.
     state = np.array([[256.0, 128.0, 356.0, 128.0, np.pi / 2]])
-    # the agent is 100 px left of a block turned by 90 degrees: 100 px along the block's own y axis
-    expected = [0.0, -0.5, 100 / 256, -0.5, 1.0, 0.0, 0.0, 1.0]
-    np.testing.assert_allclose(pusht.features(state)[0], expected, atol=1e-6)
+    found = pusht.features(state, np.array([[251.0, 128.0]]))[0]
+    # Seen from there, the agent is 100 px along the block's y axis; the goal, 128 px further down, along its x axis too.
+    turn = np.pi / 4 - np.pi / 2
+    expected = [0.0, 1.0, 1.28, 1.0, np.sin(turn), np.cos(turn), 0.0, -0.5]
+    np.testing.assert_allclose(found[:8], expected, atol=1e-6)
+    assert 0.0 <= found[8] < 1.0
+
+
+def test_pusht_coverage_is_the_environments() -> None:
+    env = BatchedEnv("gym_pusht/PushT-v0", 1)
+    raw = gymnasium.make("gym_pusht/PushT-v0").unwrapped
+    pose = np.array([100.0, 100.0, 256.0, 256.0, np.pi / 4])
+    assert pusht.coverage(np.zeros((1, 2)), np.zeros(1))[0] == pytest.approx(1.0)
+    for shift in (0.0, 20.0, 60.0):
+        state = raw.reset(seed=0, options={"reset_to_state": pose + [0, 0, shift, 0, 0]})[0]
+        found = pusht.features(state[None], state[None, :2])[0, 8]
+        assert found == pytest.approx(raw._get_coverage(), abs=1e-3)
+    env.close()
 
 
 def test_pusht_features_follow_the_blocks_frame() -> None:
@@ -320,10 +346,34 @@ def test_pusht_features_follow_the_blocks_frame() -> None:
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     agent = block + np.einsum("ijn,nj->ni", turn, seen)
     state = np.concatenate([agent, block, angle[:, None]], axis=1)
-    found = pusht.features(state)
-    np.testing.assert_allclose(found[:, 6:] * 100, seen, atol=1e-4)
+    found = pusht.features(state, agent)
+    np.testing.assert_allclose(found[:, :2] * 100, seen, atol=1e-4)
+    np.testing.assert_array_equal(found[:, 6:8], 0.0)
     state[:, 4] += 2 * np.pi
-    np.testing.assert_allclose(pusht.features(state), found, atol=1e-5)
+    np.testing.assert_allclose(pusht.features(state, agent), found, atol=1e-5)
+
+
+def test_pusht_mirror_image_is_an_episode() -> None:
+    """Reflected at the goal's stem, (x, y) -> (512 - y, 512 - x), features and actions only change sign."""
+    rng = np.random.default_rng(0)
+    state = rng.uniform(50, 450, (20, 5))
+    agent, target = rng.uniform(50, 450, (2, 20, 2))
+
+    def reflected(point: Any) -> Any:
+        return 512.0 - point[:, ::-1]
+
+    image = np.concatenate(
+        [reflected(state[:, :2]), reflected(state[:, 2:4]), (np.pi / 2 - state[:, 4:])], axis=1
+    )
+    signs = np.array(pusht.MIRROR)
+    np.testing.assert_allclose(
+        pusht.features(image, reflected(agent)), signs[:9] * pusht.features(state, agent), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        pusht.relative_action(reflected(target), image[:, :2], image[:, 4]),
+        signs[9:] * pusht.relative_action(target, state[:, :2], state[:, 4]),
+        atol=1e-5,
+    )
 
 
 def test_pusht_actions_are_relative_to_the_agent_of_that_step() -> None:
@@ -332,13 +382,17 @@ def test_pusht_actions_are_relative_to_the_agent_of_that_step() -> None:
     env.reset([0], [2])
     state = raw.reset(seed=2)[0]
     for move in actions(env, 8) * 0.4:
-        target = np.clip(state[:2] + 170 * move[0].numpy().astype(np.float64), 0, 512)
-        inverse = pusht.relative_action(target[None], state[None, :2])
+        sin, cos = np.sin(state[4]), np.cos(state[4])
+        x, y = 85 * move[0].numpy().astype(np.float64)
+        target = np.clip(state[:2] + (cos * x - sin * y, sin * x + cos * y), 0, 512)
+        inverse = pusht.relative_action(target[None], state[None, :2], state[4:])
         if ((target > 0) & (target < 512)).all():
             np.testing.assert_allclose(inverse[0], move[0], atol=1e-6)
+        before = state[:2]
         state, reward, *_ = raw.step(target)
         result = env.step(move)
-        np.testing.assert_allclose(result.obs[0], pusht.features(state[None])[0], atol=1e-6)
+        expected = pusht.features(state[None], before[None])[0]
+        np.testing.assert_allclose(result.obs[0], expected, atol=1e-5)
         assert result.reward[0] == pytest.approx(reward, abs=1e-6)
     assert envs.success_at_end("gym_pusht/PushT-v0", 1.0, True) is True
     assert envs.success_at_end("gym_pusht/PushT-v0", 1.0, False) is False
