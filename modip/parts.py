@@ -10,6 +10,7 @@ from modip import critics as td
 from modip.config import Cell, CriticsConfig, DiffusionConfig, WorldModelConfig
 from modip.critics import Critics
 from modip.diffusion import DiffusionPolicy
+from modip.errors import UserError
 from modip.nets import Learner
 from modip.normalizer import Normalizer
 from modip.replay import Replay
@@ -20,7 +21,13 @@ M = TypeVar("M", DiffusionPolicy, WorldModel, Critics)
 
 
 def new_policy(cell: Cell, spec: Spec, demos: Replay) -> DiffusionPolicy:
-    """An untrained policy with the demonstrations' normaliser."""
+    """An untrained policy with the demonstrations' normaliser. Raises UserError for a hidden dimension that is not there."""
+    for index in cell.diffusion.hidden:
+        if index >= spec.obs_dim:
+            raise UserError(
+                f"params.yaml: [{cell.dataset}].diffusion.hidden (value {index}): observations have dimensions "
+                f"0 to {spec.obs_dim - 1}; correct or remove it"
+            )
     normalizer = Normalizer.fit(demos.table[:, : spec.obs_dim])
     return DiffusionPolicy(spec.obs_dim, spec.action_dim, cell.chunk, cell.diffusion, normalizer)
 

@@ -39,6 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "diffusion": {
         "prediction": "sample", "denoising_steps": 6, "sampling_steps": 3, "eta": 1.0, "width": 16, "blocks": 1,
         "updates": 4, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-4, "grad_clip": 1.0, "ema_decay": 0.9,
+        "hidden": [],
     },
     "world_model": {
         "encoder": "identity", "latent_dim": 16, "ensemble": 2, "width": 16, "layers": 1, "loss_horizon": 2,
@@ -57,6 +58,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "modip": {
         "planning": True, "offline_pretraining": True, "env_steps": 60, "final_env_steps": 12, "num_envs": 2,
         "model_updates": 0.25, "critic_updates": 0.25, "policy_updates": 0.5, "final_updates": 5,
+        "plan_steps": 12,
     },
     "evaluation": {
         "episodes": 6, "num_envs": 3, "first_seed": 10_000, "curve_points": 2, "curve_episodes": 4, "videos": 0,

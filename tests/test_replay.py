@@ -186,3 +186,36 @@ def test_windows_of_two_replays_are_one_batch() -> None:
     both = concat(a, b)
     for whole, first, second in zip(both, a, b, strict=True):
         assert torch.equal(whole, torch.cat([first, second]))
+
+
+def test_half_of_the_windows_are_mirror_images() -> None:
+    """Signs of observation and action, the same for a whole window; rewards and ends are those of the original."""
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0, 1.0])
+    plain = Replay.from_episodes(episodes(), 0.0, CPU)
+    both = Replay.from_episodes(episodes(), 0.0, CPU, signs)
+    rows = torch.arange(15).repeat(40)
+    original = plain.window(rows, 4)
+    for part, same in zip(both.window(rows, 4), original, strict=True):
+        assert torch.equal(part, same)  # without a generator, as it was
+    seen = both.window(rows, 4, generator())
+    assert torch.equal(plain.window(rows, 4, generator()).obs, original.obs)  # nothing to mirror
+    flipped = (seen.obs != original.obs).flatten(1).any(1)
+    assert 0.4 < flipped.float().mean() < 0.6
+    signed = torch.where(flipped[:, None, None], signs, torch.ones(6))
+    assert torch.equal(seen.obs, original.obs * signed[..., :4])
+    assert torch.equal(seen.action, original.action * signed[..., 4:])
+    for part, same in zip(seen[2:], original[2:], strict=True):
+        assert torch.equal(part, same)
+
+
+@pytest.mark.parametrize("fresh", [4, 9, 100])
+def test_what_acted_is_worth_its_mean_reward_for_ever(fresh: int) -> None:
+    """Up to terminations at their rate: of 1 a step that never ends, 1 / (1 - discount)."""
+    replay, plain = Replay(2, 40, 1, 1, CPU), Plain(2)
+    for _ in range(3):
+        replay.append(plain.add([(TA, "truncated"), (2, "terminated")]))
+    rows = [[row for episode in stream for row in episode][-fresh:] for stream in plain.streams]
+    flat = [row for stream in rows for row in stream]
+    reward = sum(row.reward for row in flat) / len(flat)
+    ends = sum(row.terminated for row in flat) / len(flat)
+    assert replay.earned(fresh, 0.9) == pytest.approx(reward / (0.1 + ends), rel=1e-5)

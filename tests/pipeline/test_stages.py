@@ -212,6 +212,15 @@ def test_training_that_diverges_ends_in_one_line(
         work(pretrain_bc, build(tree, Path("params.yaml")))
 
 
+def test_a_hidden_dimension_that_is_not_there_is_named(
+    done: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(done[0])
+    params = build(small_tree({"diffusion.hidden": [1, 4]}), Path("params.yaml"))
+    with pytest.raises(UserError, match=r"diffusion.hidden \(value 4\): .* 0 to 3; correct"):
+        work(pretrain_bc, params)
+
+
 def test_an_unknown_agent_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
