@@ -120,7 +120,9 @@ class Replay:
         end = self.end[rows].unsqueeze(1)
         index = rows.unsqueeze(1) + torch.arange(length, device=rows.device)
         mask = (index < end).float()
-        got = self.table[torch.minimum(index, end - 1)]
+        # index_select takes half the time of indexing with a matrix.
+        flat = torch.minimum(index, end - 1).flatten()
+        got = self.table.index_select(0, flat).view(*index.shape, -1)
         do = self.obs_dim
         if generator is not None and self._signs is not None:
             flip = torch.rand(len(rows), 1, 1, generator=generator, device=rows.device) < 0.5
