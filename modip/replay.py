@@ -122,7 +122,7 @@ class Replay:
         mask = (index < end).float()
         # index_select takes half the time of indexing with a matrix.
         flat = torch.minimum(index, end - 1).flatten()
-        got = self.table.index_select(0, flat).view(*index.shape, -1)
+        got = self.table.index_select(0, flat).view(*index.shape, self.table.shape[1])
         do = self.obs_dim
         if generator is not None and self._signs is not None:
             flip = torch.rand(len(rows), 1, 1, generator=generator, device=rows.device) < 0.5
