@@ -29,7 +29,7 @@ from modip.diffusion import DiffusionPolicy
 from modip.loops import Fit
 from modip.parts import learner, update_critics
 from modip.pretraining import Pretraining
-from modip.types import Plan
+from modip.types import ChunkStep, Plan
 from tests.helpers import (
     Parts,
     demonstrations,
@@ -194,6 +194,30 @@ def test_what_it_imitates_is_what_it_planned() -> None:
     assert (got - torch.tensor([0.5, -0.5])).abs().mean() < 0.15
     demonstrated = agent.demos.table[:, 4:6]
     assert (demonstrated - torch.tensor([0.5, -0.5])).abs().mean() > 0.4
+
+
+def test_of_what_was_executed_it_imitates_what_paid() -> None:
+    """Two environments: one always does 0.5 and is paid for it, the other -0.5 and is not."""
+    cell = small_cell(
+        {
+            "modip.demo_share": {"start": 0.0, "end": 0.0}, "modip.imagined_share": 0.0, "modip.keep": 0.5,
+            "modip.policy_updates": 6.0, "modip.policy_lr": 3e-3, "diffusion.width": 48, "modip.env_steps": 120,
+            "modip.fresh_steps": 120, "diffusion.batch_size": 64,
+        }
+    )  # fmt: skip
+    agent: Any = modip_job(cell).agent
+    obs = agent.demos.table[:, :4]
+    paid = torch.tensor([1.0, 0.0])[:, None].expand(2, 2)
+    action = (paid - 0.5)[..., None].expand(2, 2, 2)
+    no = torch.zeros(2, 2, dtype=torch.bool)
+    for i in range(30):  # an episode ends every 5 chunks
+        cut = no.clone()
+        cut[:, 1] = i % 5 == 4
+        seen = obs[torch.randint(len(obs), (4,), generator=generator(i))].view(2, 2, 4)
+        agent.observe(ChunkStep(seen, action, paid, no, cut, ~no))
+        while agent.update():
+            pass
+    assert (agent.policy(obs[:50], generator()) - 0.5).abs().mean() < 0.2
 
 
 # Every knob acts. For each leaf of the configuration: another value than the small cell's, and what else must be set
