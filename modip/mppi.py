@@ -51,7 +51,7 @@ def plan(
     `config.iterations` further rounds refits mean and spread to the elites and draws `config.samples` more. Elites
     are kept from round to round, so the value of the best candidate never falls.
 
-    Raises FloatingPointError when a planned return is not finite.
+    Raises FloatingPointError when a planned return that the search would keep is not finite.
     """
     b, n, h, da = candidates.shape
     draw = (b, config.samples, h, da)

@@ -21,6 +21,8 @@ from pipeline import stage
 
 log = logging.getLogger(__name__)
 RAW = Path("data/raw")
+WATCHED = (Path("data/own"), Path("data/samples"))
+"""Folders that the stage depends on in dvc.yaml."""
 
 
 def body(args: argparse.Namespace, params: Params) -> None:
@@ -39,6 +41,13 @@ def body(args: argparse.Namespace, params: Params) -> None:
         if not origin.is_file():
             raise UserError(
                 f"params.yaml: data.{args.dataset}.path: no file {origin}; correct the path"
+            )
+        if not any(origin.resolve().is_relative_to(folder.resolve()) for folder in WATCHED):
+            log.warning(
+                "%s: a change of this file will not be seen; keep it under data/own/, or force a new start "
+                "after a change with `dvc repro -f download@%s`",
+                origin,
+                args.dataset,
             )
         write_atomically(target, lambda path: shutil.copyfile(origin, path))
     with target.open("rb") as file:

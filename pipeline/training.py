@@ -147,7 +147,10 @@ def run(
             if passed < len(points) and job.env_steps >= points[passed]:
                 seconds += time.monotonic() - began
                 assert at_point is not None
-                found, began = at_point(), time.monotonic()
+                try:
+                    found, began = at_point(), time.monotonic()
+                except FloatingPointError as error:
+                    raise _diverged(title, job, str(error)) from None
                 for row in found:
                     tracker.log({"kind": "evaluation", **head(), **row})
                 while passed < len(points) and job.env_steps >= points[passed]:
