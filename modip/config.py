@@ -118,6 +118,9 @@ class CriticsConfig(Section):
     n_step: Count = Field(description="rewards summed before the bootstrap")
     expectile: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="of Q that V learns")
     discount: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="per environment step")
+    demos_end_well: bool = Field(
+        description="a demonstration that was cut ended at its goal: no value after its last row"
+    )
     reward_offset: float = Field(
         description="added to each reward before learning (a cost of time)"
     )

@@ -27,6 +27,7 @@ class Pretraining:
         seed: int,
     ) -> None:
         self.cell, self.demos, self.policy = cell, demos, policy
+        self.critic_demos = demos.ended() if cell.critics.demos_end_well else demos
         self.model = learner(
             model, cell.world_model, lr=cell.world_model.lr, num_updates=cell.world_model.updates
         )
@@ -43,8 +44,8 @@ class Pretraining:
                 self.model, self.demos.window(rows, config.loss_horizon + 1, self.generator)
             )
         if self.critics.grad_steps < self.cell.critics.updates:
-            rows = self.demos.sample_rows(self.cell.critics.batch_size, self.generator)
-            window = self.demos.window(rows, self.cell.critics.n_step + 1, self.generator)
+            rows = self.critic_demos.sample_rows(self.cell.critics.batch_size, self.generator)
+            window = self.critic_demos.window(rows, self.cell.critics.n_step + 1, self.generator)
             return update_critics(
                 self.critics, self.model.ema, window, self.cell.critics, self.policy, self.generator
             )

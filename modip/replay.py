@@ -6,6 +6,8 @@ successors: the successor of a row is the next row, and `end` says how far its e
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,13 @@ class Replay:
         replay.episode_return[:] = returns.repeat_interleave(lengths)
         replay.filled[0] = n
         return replay
+
+    def ended(self) -> Replay:
+        """The same rows, each episode's last one taken for a true end (`critics.demos_end_well`)."""
+        other = copy.copy(self)
+        other.table = self.table.clone()
+        other.table[self.end.unique() - 1, -1] = 1.0
+        return other
 
     def __len__(self) -> int:
         return int(self.filled.sum())

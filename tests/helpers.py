@@ -47,7 +47,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "critics": {
         "ensemble": 2, "width": 16, "layers": 1, "td_target": "state_value", "n_step": 3, "expectile": 0.7,
-        "discount": 0.9, "reward_offset": 0.0, "updates": 4, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-4,
+        "discount": 0.9, "reward_offset": 0.0, "demos_end_well": False, "updates": 4, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-4,
         "grad_clip": 10.0, "ema_decay": 0.9,
     },
     "mppi": {

@@ -96,6 +96,7 @@ class Modip:
     ) -> None:
         config = cell.modip
         self.cell, self.config, self.demos = cell, config, demos
+        self.critic_demos = demos.ended() if cell.critics.demos_end_well else demos
         self.policy_learner: Learner[DiffusionPolicy] = learner(
             policy, cell.diffusion, lr=config.policy_lr, num_updates=config.num_policy_updates
         )
@@ -249,13 +250,13 @@ class Modip:
                 self.debt[part] -= 1.0
                 match part:
                     case "model":
-                        window = self._mixed(
-                            self.cell.world_model.batch_size, self.cell.world_model.loss_horizon + 1
-                        )
+                        world = self.cell.world_model
+                        window = self._mixed(self.demos, world.batch_size, world.loss_horizon + 1)
                         return update_model(self.model, window)
                     case "critic":
+                        values = self.cell.critics
                         window = self._mixed(
-                            self.cell.critics.batch_size, self.cell.critics.n_step + 1
+                            self.critic_demos, values.batch_size, values.n_step + 1
                         )
                         return update_critics(
                             self.critics, self.model.ema, window, self.cell.critics, self.policy_learner.ema, self.generator
@@ -268,10 +269,10 @@ class Modip:
         """Rows of a batch for the online stream: its share, once it is as long as a block."""
         return round(size * share * min(1.0, self.env_steps / self.config.plan_steps))
 
-    def _mixed(self, size: int, length: int) -> Window:
+    def _mixed(self, demos: Replay, size: int, length: int) -> Window:
         """Windows of the data set and of the online stream, by `offline_share`."""
         online, generator = self._online(size, 1.0 - self.config.offline_share), self.generator
-        old = self.demos.window(self.demos.sample_rows(size - online, generator), length, generator)
+        old = demos.window(demos.sample_rows(size - online, generator), length, generator)
         rows = self.replay.sample_rows(online, generator)
         return concat(old, self.replay.window(rows, length, generator))
 

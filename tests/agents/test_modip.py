@@ -271,6 +271,7 @@ PRIMARY: dict[str, Any] = {
     "critics.expectile": 0.9,
     "critics.discount": 0.8,
     "critics.reward_offset": -1.0,
+    "critics.demos_end_well": True,
     "critics.updates": 5,
     "critics.batch_size": 12,
     "critics.lr": 2e-3,

@@ -333,7 +333,9 @@ def test_pusht_coverage_is_the_environments() -> None:
     pose = np.array([100.0, 100.0, 256.0, 256.0, np.pi / 4])
     assert pusht.coverage(np.zeros((1, 2)), np.zeros(1))[0] == pytest.approx(1.0)
     for shift in (0.0, 20.0, 60.0):
-        state = raw.reset(seed=0, options={"reset_to_state": pose + [0, 0, shift, 0, 0]})[0]
+        state = raw.reset(seed=0, options={"reset_to_state": pose + np.array([0, 0, shift, 0, 0])})[
+            0
+        ]
         found = pusht.features(state[None], state[None, :2])[0, 8]
         assert found == pytest.approx(raw._get_coverage(), abs=1e-3)
     env.close()
@@ -384,7 +386,7 @@ def test_pusht_actions_are_relative_to_the_agent_of_that_step() -> None:
     for move in actions(env, 8) * 0.4:
         sin, cos = np.sin(state[4]), np.cos(state[4])
         x, y = 85 * move[0].numpy().astype(np.float64)
-        target = np.clip(state[:2] + (cos * x - sin * y, sin * x + cos * y), 0, 512)
+        target = np.clip(state[:2] + np.array([cos * x - sin * y, sin * x + cos * y]), 0, 512)
         inverse = pusht.relative_action(target[None], state[None, :2], state[4:])
         if ((target > 0) & (target < 512)).all():
             np.testing.assert_allclose(inverse[0], move[0], atol=1e-6)
