@@ -160,12 +160,12 @@ def _policy(task: Task, path: Path, name: str) -> Judged:
 
 
 def _planner(task: Task, final: Path) -> tuple[DiffusionPolicy, WorldModel, Critics]:
-    policy, _ = read_policy(final / "policy")
+    prior, _ = read_policy(final / "prior")
     model = new_model(task.cell, task.spec, task.demos)
     critics = new_critics(task.cell, task.spec, task.demos, model.latent_dim)
     restore_model(final / "model", model, critics, task.spec)
     device = task.demos.table.device
-    return policy.to(device), model.to(device), critics.to(device)
+    return prior.to(device), model.to(device), critics.to(device)
 
 
 def _plan_with(cell: Cell, policy: DiffusionPolicy, model: WorldModel, critics: Critics) -> ActFn:

@@ -1,6 +1,7 @@
 """Improves the cloned policy by one agent, within its budget of environment steps.
 
-Writes data/artifacts/DATASET/AGENT/SEED/: final/policy, for modip final/model (its planner), curve.jsonl and
+Writes data/artifacts/DATASET/AGENT/SEED/: final/policy, for modip also its planner (final/prior, the
+policy it samples from, and final/model), curve.jsonl and
 timing.json.
 """
 
@@ -117,7 +118,9 @@ def _modip(task: Task, start: Path) -> None:
         parents=list(parents),
     )
     save_policy(out / "final" / "policy", agent.policy_learner.ema, cell, task.spec, meta)
-    save_model(out / "final" / "model", *agent.resting, cell, task.spec, meta)
+    prior, model, critics = agent.resting
+    save_policy(out / "final" / "prior", prior, cell, task.spec, meta)
+    save_model(out / "final" / "model", model, critics, cell, task.spec, meta)
     _write_curve(out, done)
     training.finish(folder)
 

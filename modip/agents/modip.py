@@ -139,18 +139,18 @@ class Modip:
         policy = self.policy_learner.ema
         return policy.sample(obs, generator)[:, : policy.act_steps]
 
+    @property
+    def resting(self) -> tuple[DiffusionPolicy, WorldModel, Critics]:
+        """What plans: the policy it samples from, the model and the critics, as they rest in this block."""
+        policy, model, critics = self.acting.values()
+        return cast(DiffusionPolicy, policy), cast(WorldModel, model), cast(Critics, critics)
+
     def plan(self, obs: Tensor, generator: torch.Generator) -> Plan:
-        """With today's policy, and the model and critics that act."""
-        return plan(obs, self.policy_learner.ema, *self.resting, self.cell, generator)
+        return plan(obs, *self.resting, self.cell, generator)
 
     def planner(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """The plan's executed part, without exploration: (B, Do) -> (B, Ta, Da)."""
         return self.plan(obs, generator).chunk[:, : self.cell.chunk.act_steps]
-
-    @property
-    def resting(self) -> tuple[WorldModel, Critics]:
-        """The model and the critics that plan."""
-        return cast(WorldModel, self.acting["model"]), cast(Critics, self.acting["critics"])
 
     def act(self, obs: Tensor, generator: torch.Generator, *, explore: bool) -> Tensor:
         """(B, Do) -> (B, Ta, Da); with `explore`, also plans for imagined states and adds exploration noise."""
@@ -159,8 +159,7 @@ class Modip:
         b = obs.shape[0]
         if explore and self.config.imagined_share > 0:
             obs = torch.cat([obs, self._states(self.config.imagined_states)])
-        policy = cast(DiffusionPolicy, self.acting["policy"])
-        chunk = plan(obs, policy, *self.resting, self.cell, generator).chunk
+        chunk = self.plan(obs, generator).chunk
         if explore and len(chunk) > b:
             self._remember(obs[b:], chunk[b:])
         chunk = chunk[:b, : self.cell.chunk.act_steps]
