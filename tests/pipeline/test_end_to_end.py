@@ -29,6 +29,7 @@ from tests.helpers import ROOT, episodes, small_tree
 
 CLONED = (
     "modip", "pipeline", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore",
+    "data/own",
     "data/samples",
 )  # fmt: skip
 TRAINED = {"diffusion.updates": 1200, "world_model.updates": 700, "critics.updates": 700, "modip.env_steps": 400}  # fmt: skip
@@ -228,20 +229,20 @@ def test_wrong_input_ends_dvc_before_any_training(clone: Clone) -> None:
     assert text.count("error: ") == 1, text
     assert re.search(r"error: params.yaml: \[toy\].*mppi.horizon 9 exceeds chunk.horizon 4.*lower", text)  # fmt: skip
     assert ran <= {"finetune@toy-bc-0", "finetune@toy-modip-0"}
-    mine = clone.folder / "data" / "samples" / "mine.parquet"
+    mine = clone.folder / "data" / "own" / "mine.parquet"
     files.write(mine, episodes())
     table = pq.read_table(mine)
     pq.write_table(table.drop_columns(["reward"]), mine)
     clone.params = tree()
     clone.params["dataset"] = ["mine"]
     clone.params["data"]["mine"] = {
-        "source": "parquet", "env": "modip/Toy-v0", "path": "data/samples/mine.parquet",
+        "source": "parquet", "env": "modip/Toy-v0", "path": "data/own/mine.parquet",
     }  # fmt: skip
     for name in SECTIONS:
         clone.params[name]["by_dataset"]["mine"] = {}
     clone.save()
     ran, text = clone.repro(status=255)
-    assert "error: data/samples/mine.parquet: column reward is missing" in text
+    assert "error: data/own/mine.parquet: column reward is missing" in text
     assert ran == {"download@mine", "convert@mine"}
     pq.write_table(table, mine)  # repaired, it is noticed and goes on
     ran, text = clone.repro("convert@mine")
