@@ -1,8 +1,7 @@
 """Improves the cloned policy by one agent, within its budget of environment steps.
 
 Writes data/artifacts/DATASET/AGENT/SEED/: final/policy, for modip also its planner (final/prior, the
-policy it samples from, and final/model), curve.jsonl and
-timing.json.
+policy it samples from, and final/model), curve.jsonl and timing.json.
 """
 
 from __future__ import annotations
