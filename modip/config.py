@@ -179,6 +179,9 @@ class ModipConfig(Section):
         description="environment steps in all, the final distillation's included"
     )
     num_envs: Count = Field(description="environments stepped together")
+    episode_steps: Annotated[int, Field(ge=0)] = Field(
+        description="training episodes are cut after so many steps, to see more starts (0: never)"
+    )
     explore_std: NonNegative = Field(description="Gaussian noise on executed plans")
     model_updates: NonNegative = Field(description="world-model updates per environment step")
     critic_updates: NonNegative = Field(description="critic updates per environment step")

@@ -132,10 +132,24 @@ class Interaction:
     """
 
     def __init__(
-        self, agent: Agent, env: BatchedEnv, *, env_steps: int, seed: int, device: torch.device
+        self,
+        agent: Agent,
+        env: BatchedEnv,
+        *,
+        env_steps: int,
+        episode_steps: int,
+        seed: int,
+        device: torch.device,
     ) -> None:
-        """Training episodes start from seeds of their own range, far from the evaluation's."""
+        """Training episodes start from seeds of their own range, far from the evaluation's.
+
+        They are cut (truncated) after the chunk in which they reach `episode_steps` (0: the environment's own limit).
+        The environments' first episodes are cut at different ages, so that starts are spread evenly over time.
+        """
         self.agent, self.env, self.budget = agent, env, env_steps
+        self.episode_steps = episode_steps
+        count = env.num_envs
+        self.limits = [episode_steps * (row + 1) // count for row in range(count)]
         self.next_seed = 1_000_000 * (seed + 1)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.env_steps = 0
@@ -157,11 +171,21 @@ class Interaction:
         obs = self.env.obs.to(self.generator.device)
         chunk = self.agent.act(obs, self.generator, explore=True).cpu()
         step, _ = run_chunk(self.env, chunk, torch.arange(self.env.num_envs))
+        if self.episode_steps:
+            # A chunk that an end cut short is masked there, so the last step of the others is all there is to mark.
+            cut = (
+                step.mask[:, -1]
+                & ~step.terminated[:, -1]
+                & (self.env.steps >= torch.tensor(self.limits))
+            )
+            step.truncated[:, -1] |= cut
         self.env_steps += step.env_steps
         self.agent.observe(step)
         ended = (step.terminated | step.truncated).any(1).nonzero().flatten().tolist()
         if ended:
             self._reset(ended)
+            for row in ended:
+                self.limits[row] = self.episode_steps
         return {}
 
     def state_dict(self) -> State:
@@ -170,6 +194,7 @@ class Interaction:
             "env": self.env.state_dict(),
             "generator": self.generator.get_state(),
             "next_seed": self.next_seed,
+            "limits": list(self.limits),
             "env_steps": self.env_steps,
             "grad_steps": self.grad_steps,
         }
@@ -178,5 +203,5 @@ class Interaction:
         self.agent.load_state_dict(state["agent"])
         self.env.load_state_dict(state["env"])
         self.generator.set_state(state["generator"])
-        self.next_seed = state["next_seed"]
+        self.next_seed, self.limits = state["next_seed"], list(state["limits"])
         self.env_steps, self.grad_steps = state["env_steps"], state["grad_steps"]

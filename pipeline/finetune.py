@@ -85,7 +85,10 @@ def _modip(task: Task, start: Path) -> None:
     )
     env = BatchedEnv(task.spec.env_id, config.num_envs)
     training.check_env(task, env)
-    job = Interaction(agent, env, env_steps=config.env_steps, seed=task.seed, device=device)
+    job = Interaction(
+        agent, env, env_steps=config.env_steps, episode_steps=config.episode_steps,
+        seed=task.seed, device=device,
+    )  # fmt: skip
     watched = BatchedEnv(
         task.spec.env_id, min(cell.evaluation.num_envs, cell.evaluation.curve_episodes)
     )

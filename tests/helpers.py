@@ -133,10 +133,12 @@ def bc_job(cell: Cell, seed: int = 0) -> Fit:
 def modip_job(cell: Cell, seed: int = 0, parts: Parts | None = None) -> Interaction:
     demos = demonstrations(cell)
     agent = Modip(*(parts or new_parts(cell, demos, seed)), cell, demos, seed=seed)
-    env = BatchedEnv("modip/Toy-v0", cell.modip.num_envs)
+    config = cell.modip
+    env = BatchedEnv("modip/Toy-v0", config.num_envs)
     return Interaction(
-        agent, env, env_steps=cell.modip.env_steps, seed=seed, device=torch.device("cpu")
-    )
+        agent, env, env_steps=config.env_steps, episode_steps=config.episode_steps,
+        seed=seed, device=torch.device("cpu"),
+    )  # fmt: skip
 
 
 JOBS: dict[str, Callable[..., Fit | Interaction]] = {"bc": bc_job, "modip": modip_job}

@@ -15,13 +15,13 @@ from tests.helpers import CPU, generator
 
 
 class Countdown:
-    """Observation (seed, step); an episode of seed s has 1 + s % 5 steps worth s + step, and ends or is cut.
+    """Observation (seed, step); an episode of seed s has `length` or 1 + s % 5 steps worth s + step, and ends or is cut.
 
     Even seeds terminate, odd ones are truncated; success at seeds that 3 divides, from the second step on.
     """
 
-    def __init__(self, num_envs: int) -> None:
-        self.num_envs = num_envs
+    def __init__(self, num_envs: int, length: int | None = None) -> None:
+        self.num_envs, self.length = num_envs, length
         self.seeds = torch.zeros(num_envs, dtype=torch.long)
         self.steps = torch.zeros(num_envs, dtype=torch.long)
         self.begun: list[int] = []
@@ -33,7 +33,7 @@ class Countdown:
 
     @property
     def ended(self) -> Tensor:
-        return self.steps >= 1 + self.seeds % 5
+        return self.steps >= (self.length or 1 + self.seeds % 5)
 
     def reset(self, rows: Any, seeds: Any) -> None:
         for row, seed in zip(rows, seeds, strict=True):
@@ -176,9 +176,49 @@ class Watcher(Learner):
         self.left += 1
 
 
-def interact(budget: int, num_envs: int = 4, seed: int = 0) -> tuple[Interaction, Watcher, Any]:
-    agent, env = Watcher(), Countdown(num_envs)
-    return Interaction(agent, env, env_steps=budget, seed=seed, device=CPU), agent, env  # type: ignore[arg-type]
+def interact(
+    budget: int, num_envs: int = 4, seed: int = 0, episode_steps: int = 0, length: int | None = None
+) -> tuple[Interaction, Watcher, Any]:
+    agent, env = Watcher(), Countdown(num_envs, length)
+    job = Interaction(
+        agent, env, env_steps=budget, episode_steps=episode_steps, seed=seed, device=CPU  # type: ignore[arg-type]
+    )  # fmt: skip
+    return job, agent, env
+
+
+def test_long_episodes_are_cut_and_start_evenly_over_time() -> None:
+    """Of 24 steps, with chunks of 3: the first ones after 6, 12, 18 and 24, all others after 24."""
+    job, agent, env = interact(400, episode_steps=24, length=1000)
+    while job.advance() is not None:
+        pass
+    cuts = [
+        (i, int(row))
+        for i, step in enumerate(agent.seen)
+        for row in step.truncated[:, -1].nonzero()
+    ]
+    assert cuts[:6] == [(1, 0), (3, 1), (5, 2), (7, 3), (9, 0), (11, 1)]
+    assert not any(step.terminated.any() for step in agent.seen)
+    assert not any(step.truncated[:, :-1].any() for step in agent.seen)
+    assert len(env.begun) == 4 + len(cuts)
+
+
+def test_a_short_episode_is_not_cut() -> None:
+    """Its own end stands, a termination above all, and the next one has the whole age to live."""
+    plain, first, _ = interact(200)
+    cut, second, _ = interact(200, episode_steps=20)
+    for job in (plain, cut):
+        while job.advance() is not None:
+            pass
+    for a, b in zip(first.seen, second.seen, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_cut_is_no_end() -> None:
+    job, agent, _ = interact(30, num_envs=1, episode_steps=4)
+    while job.advance() is not None:
+        pass
+    for step in agent.seen:
+        assert not (step.terminated & step.truncated).any()
 
 
 @pytest.mark.parametrize("budget", [1, 10, 11, 50])
@@ -206,14 +246,15 @@ def test_training_episodes_have_seeds_of_their_own() -> None:
     assert min(begun[0] | begun[1]) >= 1_000_000  # evaluation's seeds are small
 
 
-def test_an_interaction_goes_on_where_it_was() -> None:
-    whole, agent, _ = interact(60)
+@pytest.mark.parametrize("kind", [{}, {"episode_steps": 7, "length": 50}])
+def test_an_interaction_goes_on_where_it_was(kind: dict[str, int]) -> None:
+    whole, agent, _ = interact(60, **kind)
     while whole.advance() is not None:
         pass
-    half, first, _ = interact(60)
+    half, first, _ = interact(60, **kind)
     for _ in range(7):
         half.advance()
-    rest, second, _ = interact(60, seed=5)
+    rest, second, _ = interact(60, seed=5, **kind)
     rest.load_state_dict(half.state_dict())
     while rest.advance() is not None:
         pass

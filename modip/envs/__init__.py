@@ -88,6 +88,11 @@ class BatchedEnv:
         return torch.from_numpy(self._obs.copy())
 
     @property
+    def steps(self) -> Tensor:
+        """Steps of every row's episode so far (B,)."""
+        return torch.from_numpy(self._steps.copy())
+
+    @property
     def running(self) -> Tensor:
         """Rows with an episode in progress (B,) bool."""
         return torch.from_numpy(self._running())

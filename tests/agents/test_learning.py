@@ -83,7 +83,8 @@ def run(cell: Cell, demos: Replay, env: BatchedEnv, seed: int) -> Returns:
         cell, demos, seed=seed,
     )  # fmt: skip
     before = mean_return(agent.policy)
-    _finish(Interaction(agent, env, env_steps=cell.modip.env_steps, seed=seed, device=CPU))
+    steps = cell.modip.env_steps
+    _finish(Interaction(agent, env, env_steps=steps, episode_steps=0, seed=seed, device=CPU))
     return Returns(
         before, mean_return(control.policy), mean_return(agent.policy), mean_return(agent.planner)
     )
