@@ -26,14 +26,20 @@ class Replay:
         action_dim: int,
         device: torch.device,
         mirror: Tensor | None = None,
+        *,
+        ends_well: bool = False,
     ) -> None:
-        """`mirror` (Do + Da,): signs of the mirror image, where the environment has that symmetry."""
+        """`mirror` (Do + Da,): signs of the mirror image, where the environment has that symmetry.
+
+        With `ends_well` a true end is the goal, and an episode that is cut before it has no return.
+        """
         self.obs_dim, self.action_dim, self.capacity = obs_dim, action_dim, capacity
+        self.ends_well = ends_well
         self.mirror = mirror
         self._signs = None if mirror is None else torch.cat([mirror, torch.ones(2)]).to(device)
         self.table = torch.zeros(streams * capacity, obs_dim + action_dim + 2, device=device)
         self.end = torch.zeros(streams * capacity, dtype=torch.int64, device=device)
-        # Return of the row's episode so far, NaN while it is running: what a filter on real returns reads.
+        # Return of the row's episode, NaN while it is running: what a filter on real returns reads.
         self.episode_return = torch.full((streams * capacity,), torch.nan, device=device)
         self.filled = torch.zeros(streams, dtype=torch.int64, device=device)
         self._start = [0] * streams  # first row of the running episode, relative to the stream
@@ -70,6 +76,12 @@ class Replay:
     def __len__(self) -> int:
         return int(self.filled.sum())
 
+    @property
+    def longest(self) -> int:
+        """Steps of the longest episode."""
+        first = torch.cat([self.end.new_zeros(1), self.end.unique()])
+        return int(first.diff().max())
+
     def append(self, step: ChunkStep) -> None:
         """Add the rows of one executed chunk; row i of `step` extends stream i."""
         for stream in range(len(step.mask)):
@@ -91,8 +103,10 @@ class Replay:
         rows[:, -1] = step.terminated[0, :count].float()
         self.end[begin:stop] = stop
         self.filled[stream] = head + count
-        if bool((step.terminated[0, :count] | step.truncated[0, :count]).any()):
-            self.episode_return[begin:stop] = self.table[begin:stop, -2].sum()
+        terminated = bool(step.terminated[0, :count].any())
+        if terminated or bool(step.truncated[0, :count].any()):
+            if terminated or not self.ends_well:
+                self.episode_return[begin:stop] = self.table[begin:stop, -2].sum()
             self._start[stream] = head + count
 
     def sample_rows(
@@ -107,19 +121,6 @@ class Replay:
             torch.rand(size, generator=generator, device=device, dtype=torch.float64) * span
         ).long()
         return stream * self.capacity + (filled - span) + offset
-
-    def earned(self, fresh: int, discount: float) -> float:
-        """What acted in the streams' last `fresh` rows is worth, with no need of a finished episode.
-
-        Mean reward / (1 - discount + rate of terminations): the discounted value of a process that earns its mean
-        reward in every step and terminates at its mean rate.
-        """
-        last = [
-            self.table[stream * self.capacity + max(0, n - fresh) : stream * self.capacity + n, -2:]
-            for stream, n in enumerate(self.filled.tolist())
-        ]
-        reward, terminated = torch.cat(last).mean(0).tolist()
-        return float(reward / (1.0 - discount + terminated))
 
     def window(self, rows: Tensor, length: int, generator: torch.Generator | None = None) -> Window:
         """The `length` rows from each of `rows` on, cut (and masked) at the end of their episode.

@@ -208,14 +208,13 @@ def test_half_of_the_windows_are_mirror_images() -> None:
         assert torch.equal(part, same)
 
 
-@pytest.mark.parametrize("fresh", [4, 9, 100])
-def test_what_acted_is_worth_its_mean_reward_for_ever(fresh: int) -> None:
-    """Up to terminations at their rate: of 1 a step that never ends, 1 / (1 - discount)."""
-    replay, plain = Replay(2, 40, 1, 1, CPU), Plain(2)
-    for _ in range(3):
-        replay.append(plain.add([(TA, "truncated"), (2, "terminated")]))
-    rows = [[row for episode in stream for row in episode][-fresh:] for stream in plain.streams]
-    flat = [row for stream in rows for row in stream]
-    reward = sum(row.reward for row in flat) / len(flat)
-    ends = sum(row.terminated for row in flat) / len(flat)
-    assert replay.earned(fresh, 0.9) == pytest.approx(reward / (0.1 + ends), rel=1e-5)
+@pytest.mark.parametrize("ends_well", [False, True])
+def test_where_an_end_is_the_goal_a_cut_episode_has_no_return(ends_well: bool) -> None:
+    replay, plain = Replay(2, 40, 1, 1, CPU, ends_well=ends_well), Plain(2)
+    replay.append(plain.add([(2, "truncated"), (2, "terminated")]))
+    assert bool(replay.episode_return[0].isnan()) == ends_well
+    assert replay.episode_return[40:42].tolist() == [7.0, 7.0]
+
+
+def test_the_longest_episode() -> None:
+    assert Replay.from_episodes(episodes(), 0.0, CPU).longest == max(episodes().lengths)
