@@ -119,7 +119,7 @@ class CriticsConfig(Section):
     expectile: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="of Q that V learns")
     discount: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="per environment step")
     demos_end_well: bool = Field(
-        description="a demonstration that was cut ended at its goal: no value after its last row"
+        description="an end is the goal: demonstrations end there, and an episode without one is not imitated"
     )
     reward_offset: float = Field(
         description="added to each reward before learning (a cost of time)"
