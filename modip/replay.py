@@ -76,6 +76,12 @@ class Replay:
     def __len__(self) -> int:
         return int(self.filled.sum())
 
+    @property
+    def longest(self) -> int:
+        """Steps of the longest episode."""
+        first = torch.cat([self.end.new_zeros(1), self.end.unique()])
+        return int(first.diff().max())
+
     def append(self, step: ChunkStep) -> None:
         """Add the rows of one executed chunk; row i of `step` extends stream i."""
         for stream in range(len(step.mask)):

@@ -214,3 +214,7 @@ def test_where_an_end_is_the_goal_a_cut_episode_has_no_return(ends_well: bool) -
     replay.append(plain.add([(2, "truncated"), (2, "terminated")]))
     assert bool(replay.episode_return[0].isnan()) == ends_well
     assert replay.episode_return[40:42].tolist() == [7.0, 7.0]
+
+
+def test_the_longest_episode() -> None:
+    assert Replay.from_episodes(episodes(), 0.0, CPU).longest == max(episodes().lengths)

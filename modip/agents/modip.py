@@ -7,11 +7,12 @@ was planned and executed into the diffusion policy with its ordinary denoising l
 Deviations from the paper's description, each with its reason:
 - the latent is the normalised observation by default: faster, and as good on low-dimensional states;
 - what acts is a copy that rests for `plan_steps` environment steps, then takes over the newest averaged weights:
-  a planner that changes with every update chases its few new data, and its return wobbles;
+  a planner that changes with every update chases its few new data, and its return wobbles. What each copy really
+  earned is known from training, so the last phase goes back to the best of them, and goes on judging it;
 - fresh executed chunks of the episodes that paid are distilled: batches of all ages never let the policy follow
   the planner, and the demonstrations that paid less than the planner drop out;
 - the online stream's share of the batches grows with the stream, so that its first few rows do not fill them;
-- the run ends with a distillation of the last, frozen planner, inside the budget of environment steps.
+- the run ends with a distillation of the best, frozen planner, inside the budget of environment steps.
 """
 
 from __future__ import annotations
@@ -79,6 +80,10 @@ def plan(
     return mppi.plan(value, candidates, mean, std, config, generator)
 
 
+CANDIDATES = 3
+"""Copies of what acted that the final phase can go back to."""
+
+
 class Modip:
     """The online agent over pre-trained (or fresh) parts; `demos` stays in every batch by its shares."""
 
@@ -114,7 +119,10 @@ class Modip:
         # What acts: copies that rest while their real return is measured.
         self.acting = nn.ModuleDict({"policy": policy, "model": model, "critics": critics})
         self.acting = copy.deepcopy(self.acting).requires_grad_(False)
-        self.block = 0
+        # What acted, by blocks: the running block's record, and the best copies so far with theirs.
+        self.record = {"reward": 0.0, "ends": 0.0, "steps": 0.0}
+        self.candidates: list[State] = []
+        self.chosen = False  # the first candidate acts
         device = demos.table.device
         # Every chunk takes at least one step of each environment, so this many chunks spend the budget.
         capacity = -(-config.env_steps // config.num_envs) * cell.chunk.act_steps
@@ -123,6 +131,8 @@ class Modip:
             ends_well=cell.critics.demos_end_well,
         )  # fmt: skip
         self.generator = torch.Generator(device).manual_seed(seed)
+        # What acts is judged over a whole episode, further than the critics' discount sees.
+        self.longest = demos.longest
         self.env_steps = 0
         self.debt = {"model": 0.0, "critic": 0.0, "policy": 0.0}
         self.keep_above = -torch.inf
@@ -209,8 +219,38 @@ class Modip:
         self.debt["policy"] += config.policy_updates * learned
         if self.env_steps >= config.env_steps:
             self.debt["policy"] += config.final_updates
-        if learned and (self.frozen or self.env_steps // config.plan_steps > self.block):
-            self.block = self.env_steps // config.plan_steps
+        self.record["reward"] += float(step.reward[step.mask].sum())
+        self.record["ends"] += float(step.terminated.sum())
+        self.record["steps"] += step.env_steps
+        if (
+            self.record["steps"] >= config.plan_steps
+            or (learned and self.frozen)
+            or self.env_steps >= config.env_steps
+        ):
+            self._next_block()
+        self._refresh_filter()
+
+    def _next_block(self) -> None:
+        """Judge what acted by what it earned; then the newest averages act, or, in the final phase, the best so far.
+
+        The best was lucky, too. So what it earns in the final phase is added to its record, and if that falls below
+        another's, the other acts.
+        """
+        if self.chosen:
+            best = self.candidates[0]["record"]
+            self.candidates[0]["record"] = {k: v + self.record[k] for k, v in best.items()}
+        # Before each environment has lived for an episode, nothing has had the time to go wrong.
+        elif self.replay.filled.min() >= min(
+            self.longest, self.config.episode_steps or self.longest
+        ):
+            weights = {name: part.clone() for name, part in self.acting.state_dict().items()}
+            self.candidates.append({"weights": weights, "record": self.record})
+        self.candidates = sorted(self.candidates, key=self._worth, reverse=True)[:CANDIDATES]
+        self.record = dict.fromkeys(self.record, 0.0)
+        self.chosen = self.frozen and bool(self.candidates)
+        if self.chosen:
+            self.acting.load_state_dict(self.candidates[0]["weights"])
+        else:
             newest = {
                 "policy": self.policy_learner.ema,
                 "model": self.model.ema,
@@ -218,7 +258,14 @@ class Modip:
             }
             for name, part in newest.items():
                 self.acting[name].load_state_dict(part.state_dict())
-        self._refresh_filter()
+
+    def _worth(self, candidate: State) -> float:
+        """About the return of an episode: of a process that earns its mean reward and terminates at its mean rate.
+
+        The rate is (ends + 1) / steps, Laplace's rule: a short record without an end may have been luck.
+        """
+        record = candidate["record"]
+        return float(record["reward"] / (record["steps"] / self.longest + record["ends"] + 1.0))
 
     def _refresh_filter(self) -> None:
         if self.config.keep >= 1.0:
@@ -309,7 +356,7 @@ class Modip:
             "policy": self.policy_learner.state_dict(), "model": self.model.state_dict(),
             "critics": self.critics.state_dict(), "replay": self.replay.state_dict(),
             "generator": self.generator.get_state(), "env_steps": self.env_steps, "debt": dict(self.debt),
-            "acting": self.acting.state_dict(), "block": self.block,
+            "acting": self.acting.state_dict(), "record": dict(self.record), "candidates": self.candidates, "chosen": self.chosen,
             "keep_above": self.keep_above, "imagined": self.imagined,
             "imagined_obs": self.imagined_obs, "imagined_chunk": self.imagined_chunk,
         }  # fmt: skip
@@ -322,7 +369,8 @@ class Modip:
         self.generator.set_state(state["generator"])
         self.env_steps, self.debt = state["env_steps"], dict(state["debt"])
         self.acting.load_state_dict(state["acting"])
-        self.block = state["block"]
+        self.record, self.candidates = dict(state["record"]), list(state["candidates"])
+        self.chosen = state["chosen"]
         self.keep_above, self.imagined = state["keep_above"], state["imagined"]
         self.imagined_obs.copy_(state["imagined_obs"])
         self.imagined_chunk.copy_(state["imagined_chunk"])

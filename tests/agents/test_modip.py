@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -220,24 +220,55 @@ def test_of_what_was_executed_it_imitates_what_paid() -> None:
     assert (agent.policy(obs[:50], generator()) - 0.5).abs().mean() < 0.2
 
 
-def test_what_acts_rests_for_a_block_and_in_the_last_phase() -> None:
-    """Five blocks of 8 steps, then 12 of the final phase: its copies change when a block begins, and only then."""
+def blocks(pay: list[float], ended: set[int], offset: float = 0.0) -> Callable[[float], int]:
+    """What to ask an agent that lived blocks of two chunks with these rewards, in `ended` with terminations.
+
+    Asked, it lives another block of that reward, and says which block's copies act then.
+    """
     cell = small_cell(
-        {"modip.env_steps": 52, "modip.final_env_steps": 12, "modip.plan_steps": 8, "modip.num_envs": 2}
+        {
+            "modip.env_steps": 80, "modip.final_env_steps": 80 - 8 * len(pay), "modip.plan_steps": 8,
+            "modip.episode_steps": 6, "modip.model_lr": 1e-2, "critics.reward_offset": offset,
+        }
     )  # fmt: skip
-    job = modip_job(cell)
-    agent: Any = job.agent
-    acted: dict[int, str] = {}
-    while job.advance() is not None:
-        if agent.debt["model"] < 1 and agent.debt["critic"] < 1 and agent.debt["policy"] < 1:
-            acted[job.env_steps] = str(
-                [float(part.sum()) for part in agent.acting.state_dict().values()]
-            )
-    copies = list(acted.values())
-    changed = [
-        steps for steps, a, b in zip(list(acted)[1:], copies, copies[1:], strict=False) if a != b
-    ]
-    assert changed == [8, 16, 24, 32, 40]
+    agent: Any = modip_job(cell).agent
+    obs, no = agent.demos.table[:4, :4].view(2, 2, 4), torch.zeros(2, 2, dtype=torch.bool)
+    acted: list[str] = []
+
+    def copies() -> str:
+        return str([part.sum().item() for part in agent.acting.state_dict().values()])
+
+    def live(reward: float, *, end: bool) -> None:
+        acted.append(copies())
+        ends = no.clone()
+        ends[:, 1] = end
+        for _ in range(2):
+            paid = torch.full((2, 2), reward)
+            agent.observe(ChunkStep(obs, torch.zeros(2, 2, 2), paid, ends, no, ~no))
+            while agent.update():
+                pass
+
+    def ask(reward: float) -> int:
+        live(reward, end=False)
+        return acted.index(copies())
+
+    for i, reward in enumerate(pay):
+        live(reward, end=i in ended)
+    assert agent.frozen
+    return ask
+
+
+def test_the_last_phase_goes_back_to_what_earned_most() -> None:
+    """The first block is not judged: nothing had lived for an episode. The third was lucky, and is found out."""
+    ask = blocks([9.0, 1.0, 3.0, 2.0, 1.0, 1.0], set())
+    assert [ask(2.0), ask(-9.0), ask(2.0)] == [2, 3, 3]
+
+
+@pytest.mark.parametrize(("offset", "best"), [(0.0, 1), (-2.0, 3)])
+def test_an_end_is_worth_what_it_ends(offset: float, best: int) -> None:
+    """Where a step costs more than it pays, to end is good."""
+    ask = blocks([1.0, 1.2, 1.0, 1.0, 1.0, 1.0], {3}, offset)
+    assert ask(1.0) == best
 
 
 # Every knob acts. For each leaf of the configuration: another value than the small cell's, and what else must be set
