@@ -113,6 +113,8 @@ def test_learning_changes_what_learns_and_nothing_else(agent: str) -> None:
     assert learns <= changed
     # Statistics of the data and the schedule are no weights: they stay.
     for where in differences(start, it.state_dict()):
+        if where.startswith("/candidates"):  # copies that were not there at the start
+            continue
         name = where.rpartition("/")[2]
         assert name not in {"alpha_bar", "delta", "reward_mean", "reward_std", "scale"}, where
         assert "normalizer" not in where
