@@ -169,15 +169,17 @@ def test_without_planning_it_acts_as_its_policy() -> None:
     assert torch.equal(acted, agent.policy(obs, generator(1)))
 
 
+IMITATION = {
+    "modip.demo_share": {"start": 0.0, "end": 0.0}, "modip.imagined_share": 0.0, "modip.policy_updates": 6.0,
+    "modip.policy_lr": 3e-3, "diffusion.width": 48, "modip.env_steps": 120, "modip.fresh_steps": 120,
+    "diffusion.batch_size": 64,
+}  # fmt: skip
+"""Of executed plans alone, and enough of it to be seen."""
+
+
 def test_what_it_imitates_is_what_it_planned() -> None:
     """With neither demonstrations nor imagined plans, the policy comes to act as the planner did."""
-    cell = small_cell(
-        {
-            "modip.demo_share": {"start": 0.0, "end": 0.0}, "modip.imagined_share": 0.0, "modip.keep": 1.0,
-            "modip.policy_updates": 6.0, "modip.policy_lr": 3e-3, "diffusion.width": 48, "modip.env_steps": 120,
-            "modip.fresh_steps": 120, "diffusion.batch_size": 64,
-        }
-    )  # fmt: skip
+    cell = small_cell({**IMITATION, "modip.keep": 1.0})
     job = modip_job(cell)
     agent: Any = job.agent
     acts: list[Tensor] = []
@@ -198,13 +200,7 @@ def test_what_it_imitates_is_what_it_planned() -> None:
 
 def test_of_what_was_executed_it_imitates_what_paid() -> None:
     """Two environments: one always does 0.5 and is paid for it, the other -0.5 and is not."""
-    cell = small_cell(
-        {
-            "modip.demo_share": {"start": 0.0, "end": 0.0}, "modip.imagined_share": 0.0, "modip.keep": 0.5,
-            "modip.policy_updates": 6.0, "modip.policy_lr": 3e-3, "diffusion.width": 48, "modip.env_steps": 120,
-            "modip.fresh_steps": 120, "diffusion.batch_size": 64,
-        }
-    )  # fmt: skip
+    cell = small_cell({**IMITATION, "modip.keep": 0.5})
     agent: Any = modip_job(cell).agent
     obs = agent.demos.table[:, :4]
     paid = torch.tensor([1.0, 0.0])[:, None].expand(2, 2)
