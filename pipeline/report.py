@@ -1,7 +1,8 @@
 """Reads what every cell of the matrix left behind and writes the report; prints its table.
 
 Writes report/index.html (one file that needs nothing else), report/summary.json (the rows, for programs; a
-return that is not finite is null there) and report/plots/*.png. A cell that has not run is named as missing.
+return that is not finite is null there), report/metrics.json (means over the seeds, for `dvc exp show` and `dvc metrics
+diff`) and report/plots/*.png. A cell that has not run is named as missing.
 """
 
 from __future__ import annotations
@@ -198,6 +199,23 @@ def average(values: Iterable[float | None]) -> float | None:
     known = list(values)
     numbers = [value for value in known if value is not None]
     return float(mean(numbers)) if numbers and len(numbers) == len(known) else None
+
+
+def compared(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """{dataset: {policy: {measure: mean over the seeds}}}: what `dvc exp show` puts side by side."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        name = row["stage"] if row["agent"] == "bc" else f"{row['agent']}_{row['policy']}"
+        groups.setdefault((row["dataset"], name), []).append(row)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (dataset, name), group in groups.items():
+        means = {
+            measure: average(row[measure] for row in group)  # type: ignore[literal-required]
+            for measure in MEASURES
+        }
+        known = {measure: value for measure, value in means.items() if value is not None}
+        found.setdefault(dataset, {})[name] = known
+    return found
 
 
 def summarise(
@@ -615,6 +633,7 @@ def build(params: Params) -> tuple[list[Row], dict[str, str]]:
     )
     write_atomically(REPORT / "index.html", lambda path: path.write_text(html))
     write_json(REPORT / "summary.json", rows)
+    write_json(REPORT / "metrics.json", compared(rows))
     return rows, missing
 
 

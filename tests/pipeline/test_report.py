@@ -262,6 +262,24 @@ def test_summary_holds_exactly_the_rows(built: Built) -> None:
         assert row["seconds"] == {"bc": bc, "control": bc + 400, "final": bc + 430}[row["stage"]]
 
 
+def test_metrics_are_means_over_seeds(built: Built) -> None:
+    """Under names that do not change with the seed, so that experiments stand side by side."""
+    found = json.loads((report.REPORT / "metrics.json").read_text())
+    rows = json.loads((report.REPORT / "summary.json").read_text())
+    assert set(found) == {FETCH, HOPPER}
+    for dataset in found:
+        assert set(found[dataset]) == {"bc", "control", "modip_dp", "modip_planner"}
+        final = [
+            row
+            for row in rows
+            if (row["dataset"], row["stage"], row["policy"]) == (dataset, "final", "dp")
+        ]
+        for measure in ("success", "return", "score"):
+            values = [row[measure] for row in final]
+            got = found[dataset]["modip_dp"].get(measure)
+            assert got == (None if None in values else pytest.approx(np.mean(values)))
+
+
 def test_page_loads_nothing_from_elsewhere(built: Built) -> None:
     html, found = page()
     for tag, name, value in found.links:
