@@ -209,6 +209,9 @@ class ModipConfig(Section):
     final_env_steps: Annotated[int, Field(ge=0)] = Field(
         description="last steps, with the planner frozen"
     )
+    final_planner: Literal["best", "newest"] = Field(
+        description="who plans then: of what acted in training what earned most, or the newest"
+    )
     final_updates: Annotated[int, Field(ge=0)] = Field(
         description="distillation updates after them"
     )

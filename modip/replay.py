@@ -35,8 +35,7 @@ class Replay:
         """
         self.obs_dim, self.action_dim, self.capacity = obs_dim, action_dim, capacity
         self.ends_well = ends_well
-        self.mirror = mirror
-        self._signs = None if mirror is None else torch.cat([mirror, torch.ones(2)]).to(device)
+        self.mirror = None if mirror is None else mirror.to(device)
         self.table = torch.zeros(streams * capacity, obs_dim + action_dim + 2, device=device)
         self.end = torch.zeros(streams * capacity, dtype=torch.int64, device=device)
         # Return of the row's episode, NaN while it is running: what a filter on real returns reads.
@@ -134,10 +133,21 @@ class Replay:
         flat = torch.minimum(index, end - 1).flatten()
         got = self.table.index_select(0, flat).view(*index.shape, self.table.shape[1])
         do = self.obs_dim
-        if generator is not None and self._signs is not None:
-            flip = torch.rand(len(rows), 1, 1, generator=generator, device=rows.device) < 0.5
-            got = torch.where(flip, self._signs * got, got)
-        return Window(got[..., :do], got[..., do:-2], got[..., -2], got[..., -1], mask)
+        window = Window(got[..., :do], got[..., do:-2], got[..., -2], got[..., -1], mask)
+        return window if generator is None else self.mirrored(window, generator)
+
+    def mirrored(self, window: Window, generator: torch.Generator) -> Window:
+        """Half of the windows (at random) as their mirror images, where there is one."""
+        if self.mirror is None:
+            return window
+        flip = (
+            torch.rand(len(window.obs), 1, 1, generator=generator, device=self.mirror.device) < 0.5
+        )
+        obs, action = self.mirror.split([self.obs_dim, self.action_dim])
+        return window._replace(
+            obs=torch.where(flip, obs * window.obs, window.obs),
+            action=torch.where(flip, action * window.action, window.action),
+        )
 
     def state_dict(self) -> State:
         return {

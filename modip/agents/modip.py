@@ -8,7 +8,7 @@ Deviations from the paper's description, each with its reason:
 - the latent is the normalised observation by default: faster, and as good on low-dimensional states;
 - what acts is a copy that rests for `plan_steps` environment steps, then takes over the newest averaged weights:
   a planner that changes with every update chases its few new data, and its return wobbles. What each copy really
-  earned is known from training, so the last phase goes back to the best of them, and goes on judging it;
+  earned is known from training, so the last phase can go back to the best of them, and go on judging it;
 - fresh executed chunks of the episodes that paid are distilled: batches of all ages never let the policy follow
   the planner, and the demonstrations that paid less than the planner drop out;
 - the online stream's share of the batches grows with the stream, so that its first few rows do not fill them;
@@ -222,25 +222,29 @@ class Modip:
         self.record["reward"] += float(step.reward[step.mask].sum())
         self.record["ends"] += float(step.terminated.sum())
         self.record["steps"] += step.env_steps
+        last_phase_begins = learned > 0 and self.frozen
+        if last_phase_begins:
+            self.imagined = 0  # the best planner's plans alone
         if (
             self.record["steps"] >= config.plan_steps
-            or (learned and self.frozen)
+            or last_phase_begins
             or self.env_steps >= config.env_steps
         ):
             self._next_block()
         self._refresh_filter()
 
     def _next_block(self) -> None:
-        """Judge what acted by what it earned; then the newest averages act, or, in the final phase, the best so far.
+        """The newest averages act next, or, in the final phase, what earned most so far (`final_planner: best`).
 
         The best was lucky, too. So what it earns in the final phase is added to its record, and if that falls below
         another's, the other acts.
         """
+        judged = self.config.final_planner == "best"
         if self.chosen:
             best = self.candidates[0]["record"]
             self.candidates[0]["record"] = {k: v + self.record[k] for k, v in best.items()}
         # Before each environment has lived for an episode, nothing has had the time to go wrong.
-        elif self.replay.filled.min() >= min(
+        elif judged and self.replay.filled.min() >= min(
             self.longest, self.config.episode_steps or self.longest
         ):
             weights = {name: part.clone() for name, part in self.acting.state_dict().items()}
@@ -262,10 +266,12 @@ class Modip:
     def _worth(self, candidate: State) -> float:
         """About the return of an episode: of a process that earns its mean reward and terminates at its mean rate.
 
-        The rate is (ends + 1) / steps, Laplace's rule: a short record without an end may have been luck.
+        The rate is (ends + 1) / steps, Laplace's rule: a short record without an end may have been luck. Where an end
+        is the goal, none is added: it would do a short record good.
         """
         record = candidate["record"]
-        return float(record["reward"] / (record["steps"] / self.longest + record["ends"] + 1.0))
+        doubt = 0.0 if self.cell.critics.demos_end_well else 1.0
+        return float(record["reward"] / (record["steps"] / self.longest + record["ends"] + doubt))
 
     def _refresh_filter(self) -> None:
         if self.config.keep >= 1.0:
@@ -344,7 +350,8 @@ class Modip:
                 .expand(planned, -1)
             )
             zeros = torch.zeros_like(mask)
-            window = concat(window, Window(obs, self.imagined_chunk[pick], zeros, zeros, mask))
+            plans = Window(obs, self.imagined_chunk[pick], zeros, zeros, mask)
+            window = concat(window, self.demos.mirrored(plans, self.generator))
         return window
 
     def _that_paid(self, source: Replay, rows: Tensor, paid: Tensor) -> Window:

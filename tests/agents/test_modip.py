@@ -29,10 +29,12 @@ from modip.diffusion import DiffusionPolicy
 from modip.loops import Fit
 from modip.parts import learner, update_critics
 from modip.pretraining import Pretraining
+from modip.replay import Replay
 from modip.types import ChunkStep, Plan
 from tests.helpers import (
     Parts,
     demonstrations,
+    episodes,
     generator,
     leaves,
     modip_job,
@@ -216,6 +218,36 @@ def test_of_what_was_executed_it_imitates_what_paid() -> None:
     assert (agent.policy(obs[:50], generator()) - 0.5).abs().mean() < 0.2
 
 
+def test_plans_for_imagined_states_are_the_last_planners_and_their_mirror_images() -> None:
+    """In the final phase the plans of the planners before it are forgotten; half of all are imitated mirrored."""
+    cell = small_cell(
+        {
+            "modip.imagined_share": 1.0, "modip.imagined_states": 3, "modip.demo_share": {"start": 0.0, "end": 0.0},
+            "modip.env_steps": 48, "modip.final_env_steps": 16, "modip.plan_steps": 8, "modip.fresh_steps": 48,
+        }
+    )  # fmt: skip
+    job = modip_job(cell)
+    agent: Any = job.agent
+    chunks = 0  # of both environments, two steps each
+    while job.advance() is not None:
+        if agent.frozen:
+            chunks = (job.env_steps - 32) // 4
+            assert agent.imagined == 3 * chunks
+        else:
+            assert agent.imagined == 3 * (job.env_steps // 4)
+    assert chunks == 4
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0, 1.0])
+    agent.demos = Replay.from_episodes(episodes(), 0.0, torch.device("cpu"), signs)
+    window = agent._targets()
+    rows = torch.cat([window.obs[:, 0], window.action[:, 0]], 1)
+    plans = torch.cat([agent.imagined_obs, agent.imagined_chunk[:, 0]], 1)[: agent.imagined]
+    as_planned = (rows[:, None] == plans).all(-1).any(1)
+    mirrored = (rows[:, None] == signs * plans).all(-1).any(1)
+    assert (as_planned ^ mirrored).all()
+    assert as_planned.any()
+    assert mirrored.any()
+
+
 def blocks(pay: list[float], ended: set[int], offset: float = 0.0) -> Callable[[float], int]:
     """What to ask an agent that lived blocks of two chunks with these rewards, in `ended` with terminations.
 
@@ -360,6 +392,8 @@ PRIMARY: dict[str, Any] = {
     "modip.fresh_steps": 8,
     "modip.keep": 0.2,
     "modip.final_env_steps": 24,
+    # A planner must have lived for an episode to be judged.
+    "modip.final_planner": ("newest", {"modip.episode_steps": 4, "modip.plan_steps": 8}),
     "modip.final_updates": 9,
 }
 BASE = {
