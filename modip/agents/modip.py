@@ -12,7 +12,7 @@ Deviations from the paper's description, each with its reason:
 - fresh executed chunks of the episodes that paid are distilled: batches of all ages never let the policy follow
   the planner, and the demonstrations that paid less than the planner drop out;
 - the online stream's share of the batches grows with the stream, so that its first few rows do not fill them;
-- the run ends with a distillation of the best, frozen planner, inside the budget of environment steps.
+- the run ends with a distillation of the last phase's frozen planner, inside the budget of environment steps.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ class Modip:
         self.record["steps"] += step.env_steps
         last_phase_begins = learned > 0 and self.frozen
         if last_phase_begins:
-            self.imagined = 0  # the best planner's plans alone
+            self.imagined = 0  # the last phase's plans alone
         if (
             self.record["steps"] >= config.plan_steps
             or last_phase_begins
