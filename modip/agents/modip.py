@@ -230,10 +230,10 @@ class Modip:
             or last_phase_begins
             or self.env_steps >= config.env_steps
         ):
-            self._next_block()
+            self._next_block(newest=not self.frozen or last_phase_begins)
         self._refresh_filter()
 
-    def _next_block(self) -> None:
+    def _next_block(self, *, newest: bool) -> None:
         """The newest averages act next, or, in the final phase, what earned most so far (`final_planner: best`).
 
         The best was lucky, too. So what it earns in the final phase is added to its record, and if that falls below
@@ -254,13 +254,13 @@ class Modip:
         self.chosen = self.frozen and bool(self.candidates)
         if self.chosen:
             self.acting.load_state_dict(self.candidates[0]["weights"])
-        else:
-            newest = {
+        elif newest:
+            averages = {
                 "policy": self.policy_learner.ema,
                 "model": self.model.ema,
                 "critics": self.critics.ema,
             }
-            for name, part in newest.items():
+            for name, part in averages.items():
                 self.acting[name].load_state_dict(part.state_dict())
 
     def _worth(self, candidate: State) -> float:

@@ -248,6 +248,29 @@ def test_plans_for_imagined_states_are_the_last_planners_and_their_mirror_images
     assert mirrored.any()
 
 
+def test_what_acts_rests_for_a_block_and_in_the_last_phase() -> None:
+    """Five blocks of 8 steps, then 12 of the final phase: its copies change when a block begins, and only then."""
+    cell = small_cell(
+        {
+            "modip.env_steps": 52, "modip.final_env_steps": 12, "modip.plan_steps": 8, "modip.num_envs": 2,
+            "modip.final_planner": "newest",
+        }
+    )  # fmt: skip
+    job = modip_job(cell)
+    agent: Any = job.agent
+    acted: dict[int, str] = {}
+    while job.advance() is not None:
+        if max(agent.debt.values()) < 1:
+            acted[job.env_steps] = str(
+                [part.sum().item() for part in agent.acting.state_dict().values()]
+            )
+    copies = list(acted.values())
+    changed = [
+        steps for steps, a, b in zip(list(acted)[1:], copies, copies[1:], strict=False) if a != b
+    ]
+    assert changed == [8, 16, 24, 32, 40]
+
+
 def blocks(pay: list[float], ended: set[int], offset: float = 0.0) -> Callable[[float], int]:
     """What to ask an agent that lived blocks of two chunks with these rewards, in `ended` with terminations.
 
@@ -297,6 +320,16 @@ def test_an_end_is_worth_what_it_ends(offset: float, best: int) -> None:
     """Where a step costs more than it pays, to end is good."""
     ask = blocks([1.0, 1.2, 1.0, 1.0, 1.0, 1.0], {3}, offset)
     assert ask(1.0) == best
+
+
+@pytest.mark.parametrize("ends_well", [False, True])
+def test_a_short_record_is_doubted_unless_ends_are_good(ends_well: bool) -> None:
+    """The same rates, seen for twice as long, are worth more only where the unseen end would be a fall."""
+    agent: Any = modip_job(small_cell({"critics.demos_end_well": ends_well})).agent
+    once = {"reward": 8.0, "ends": 1.0, "steps": 8.0}
+    twice = {name: 2.0 * amount for name, amount in once.items()}
+    gain = agent._worth({"record": twice}) - agent._worth({"record": once})
+    assert gain == pytest.approx(0.0, abs=1e-9) if ends_well else gain > 0.1
 
 
 # Every knob acts. For each leaf of the configuration: another value than the small cell's, and what else must be set
