@@ -9,11 +9,14 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from modip.config import Params
 from modip.data import episodes, parquet, pusht
+from modip.data.episodes import Recording
 from modip.errors import UserError
 from modip.files import write_atomically
 from pipeline import stage
@@ -21,26 +24,27 @@ from pipeline.download import RAW
 
 log = logging.getLogger(__name__)
 EPISODES = Path("data/episodes")
+Convert = Callable[[str, Any, Path, str], Recording]
+CONVERTERS: dict[str, Convert] = {"parquet": parquet.convert, "pusht": pusht.convert}
+"""By the `source` of params.yaml: (data set id, its source, file or folder, sha256) to rows of the environment."""
 
 
 def body(args: argparse.Namespace, params: Params) -> None:
     """One data set."""
     source = params.data[args.dataset]
-    raw = RAW / args.dataset / "source.parquet"
-    record = raw.with_name("source.json")
+    record = RAW / args.dataset / "source.json"
     if not record.is_file():
         raise UserError(f"{record}: no such file; run pipeline.download first (or `dvc repro`)")
-    sha256 = json.loads(record.read_text())["sha256"]
-    if source.source == "pusht":
-        found = pusht.convert(args.dataset, source, raw, sha256)
-    elif source.source == "parquet":
-        found = parquet.convert(args.dataset, source, raw, sha256)
+    told = json.loads(record.read_text())
+    root, sha256 = Path(told["root"]), told["sha256"]
+    if source.source in CONVERTERS:
+        found = CONVERTERS[source.source](args.dataset, source, root, sha256)
     else:
-        scripted = episodes.read(raw)
-        found = replace(scripted, info=replace(scripted.info, sha256=sha256))
+        scripted = episodes.stream(root)
+        found = scripted._replace(info=replace(scripted.info, sha256=sha256))
     target = EPISODES / f"{args.dataset}.parquet"
     episodes.write(target, found)
-    facts = episodes.statistics(found)
+    facts = episodes.statistics(episodes.stream(target))
     text = json.dumps(facts, indent=2) + "\n"
     write_atomically(target.with_suffix(".json"), lambda path: path.write_text(text))
     success = facts["success_rate"]

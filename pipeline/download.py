@@ -35,7 +35,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
                 found = fetch.collect(args.dataset, source, lambda: bar.advance(1))
             else:
                 found = toy.collect(args.dataset, source, lambda: bar.advance(1))
-        episodes.write(target, found)
+        episodes.write(target, found.recording)
     else:
         origin = Path(source.path)
         if not origin.is_file():
@@ -52,7 +52,9 @@ def body(args: argparse.Namespace, params: Params) -> None:
         write_atomically(target, lambda path: shutil.copyfile(origin, path))
     with target.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    record = json.dumps({**source.model_dump(), "sha256": sha256}, indent=2) + "\n"
+    record = (
+        json.dumps({**source.model_dump(), "root": str(target), "sha256": sha256}, indent=2) + "\n"
+    )
     write_atomically(target.with_name("source.json"), lambda path: path.write_text(record))
     log.info("%s: %s, sha256 %s", args.dataset, target, sha256)
 

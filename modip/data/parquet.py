@@ -5,19 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from modip import envs
 from modip.data import episodes
-from modip.data.episodes import DatasetInfo, Episodes
+from modip.data.episodes import DatasetInfo, Recording
 from modip.data.sources import ParquetSource
+from modip.data.units import normalised
 from modip.errors import UserError
 
 
-def convert(dataset: str, config: ParquetSource, path: Path, sha256: str) -> Episodes:
-    """Reads the file, checks it against the environment, and normalises its actions."""
-    env = envs.make(config.env)
-    spec = envs.spec(config.env)
+def convert(dataset: str, config: ParquetSource, path: Path, sha256: str) -> Recording:
+    """Checks the file against the environment, and normalises its actions."""
     told = DatasetInfo(
         dataset=dataset,
         env_id=config.env,
@@ -27,29 +24,12 @@ def convert(dataset: str, config: ParquetSource, path: Path, sha256: str) -> Epi
         sha256=sha256,
         description="a file given in params.yaml",
     )
-    raw = episodes.read(path, told, Path(config.path))
+    envs.spec(config.env)  # an unknown id is the first thing to say
+    raw = episodes.stream(path, told, Path(config.path))
     if raw.info.env_id != config.env:
         raise UserError(
             f"{config.path}: recorded in {raw.info.env_id}, but params.yaml, data.{dataset}.env "
             f"is {config.env}; set it to {raw.info.env_id}"
         )
-    for name, width, wanted in (
-        ("observation", raw.observation.shape[1], spec.obs_dim),
-        ("action", raw.action.shape[1], spec.action_dim),
-    ):
-        if width != wanted:
-            raise UserError(
-                f"{config.path}: {name} has {width} numbers, but {config.env} has {wanted}; give "
-                f"the file's own environment in params.yaml, data.{dataset}.env"
-            )
-    action = env.normalised(raw.action)
-    env.close()
-    outside = np.argwhere(np.abs(action) > 1.0 + 1e-4)
-    if len(outside):
-        row, component = outside[0].tolist()
-        raise UserError(
-            f"{config.path}: action[{component}] is {raw.action[row, component]} in row {row}, "
-            f"outside the bounds of {config.env}; actions must be in the environment's units"
-        )
-    info = replace(raw.info, dataset=dataset, sha256=sha256)
-    return replace(raw, info=info, action=np.clip(action, -1.0, 1.0))
+    rows = normalised(raw.rows, config.env, config.path, f"data.{dataset}.env")
+    return Recording(replace(raw.info, dataset=dataset, sha256=sha256), rows)

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from modip.data import episodes
-from modip.data.episodes import Episodes
+from modip.data.episodes import Recording
 from modip.data.sources import PushTSource
 from modip.envs import pusht
 from modip.errors import UserError
 
 
-def convert(dataset: str, config: PushTSource, path: Path, sha256: str) -> Episodes:
+def convert(dataset: str, config: PushTSource, path: Path, sha256: str) -> Recording:
     """Reads the recording and gives features and agent-relative actions."""
-    raw = episodes.read(path, path=Path(config.path))
+    raw = episodes.read(path)
     shape = (raw.observation.shape[1], raw.action.shape[1])
     if shape != (5, 2):
         raise UserError(
@@ -31,4 +31,4 @@ def convert(dataset: str, config: PushTSource, path: Path, sha256: str) -> Episo
         info=replace(raw.info, dataset=dataset, sha256=sha256),
         observation=pusht.features(raw.observation, previous),
         action=pusht.relative_action(raw.action, agent, raw.observation[:, 4]),
-    )
+    ).recording

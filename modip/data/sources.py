@@ -33,19 +33,21 @@ class ToySource(_Scripted):
     env: Literal["modip/Toy-v0"] = Field(description="the one task it can do")
 
 
-class PushTSource(_Source):
+class _Recorded(_Source):
+    path: str = Field(min_length=1, description="file, folder or URL of the recording")
+
+
+class PushTSource(_Recorded):
     """Human PushT demonstrations: state observations in pixels, absolute pixel targets."""
 
     source: Literal["pusht"] = Field(description="human PushT demonstrations")
     env: Literal["gym_pusht/PushT-v0"] = Field(description="their environment")
-    path: str = Field(min_length=1, description="Parquet file with the recorded states")
 
 
-class ParquetSource(_Source):
+class ParquetSource(_Recorded):
     """A Parquet file in the episode schema; observations and actions in the env's own units."""
 
     source: Literal["parquet"] = Field(description="a Parquet file in the episode schema")
-    path: str = Field(min_length=1, description="the Parquet file")
 
 
 SourceConfig = Annotated[

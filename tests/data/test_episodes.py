@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modip.data import episodes
-from modip.data.episodes import DatasetInfo, Episodes
+from modip.data.episodes import DatasetInfo, Episodes, Recording, Rows
 from modip.errors import UserError
 from modip.files import write_atomically
 
@@ -61,7 +61,7 @@ def test_what_is_written_is_read(
 ) -> None:
     data = make(lengths, seed)
     path = tmp_path_factory.mktemp("round") / "new" / "d.parquet"
-    episodes.write(path, data)
+    episodes.write(path, data.recording)
     again = episodes.read(path)
     assert again.info == data.info
     for name in (
@@ -91,7 +91,7 @@ def test_a_file_written_by_pyarrow_alone_is_read(tmp_path: Path) -> None:
 
 
 def test_the_schema_is_as_documented(tmp_path: Path) -> None:
-    episodes.write(tmp_path / "d.parquet", make([3]))
+    episodes.write(tmp_path / "d.parquet", make([3]).recording)
     schema = pq.read_schema(tmp_path / "d.parquet")
     assert schema.field("observation").type == pa.list_(pa.float32(), 4)
     assert schema.field("action").type == pa.list_(pa.float32(), 2)
@@ -136,6 +136,9 @@ BROKEN = [  # episodes of 3 and 4 rows; what is done to them; what the message m
     ),
     (with_value("action", (6, 0), np.inf), ["action[0] is inf", "row 6"]),
     (with_value("reward", 0, np.nan), ["reward is nan", "row 0"]),
+    (unmark(6), ["row 6", "the last of episode 1", "neither"]),
+]
+DISORDERED = [
     (with_value("episode_id", slice(0, 3), 7), ["row 0 has episode_id 7", "expected episode_id 0"]),
     (with_value("step", 5, 9), ["row 5", "step 9", "expected episode_id 1, step 2"]),
     (
@@ -144,25 +147,71 @@ BROKEN = [  # episodes of 3 and 4 rows; what is done to them; what the message m
     ),
     (mark(1), ["row 2", "rows after the end must go"]),
     (unmark(2), ["row 3", "neither terminated nor truncated"]),
-    (unmark(6), ["row 6", "the last of episode 1", "neither"]),
 ]
 
 
-@pytest.mark.parametrize(("change", "named"), BROKEN)
+@pytest.mark.parametrize(("change", "named"), [*BROKEN, *DISORDERED])
+@pytest.mark.parametrize("block", [episodes.ROW_GROUP, 3, 1])
 def test_broken_rows_are_named(
+    change: Callable[[Episodes], Episodes],
+    named: list[str],
+    block: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However the rows fall into blocks."""
+    monkeypatch.setattr(episodes, "ROW_GROUP", block)
+    path = tmp_path / "bad.parquet"
+    pq.write_table(table(change(make([3, 4]))), path)
+    with pytest.raises(UserError) as refusal:
+        episodes.read(path)
+    for words in [str(path), *named]:
+        assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(("change", "named"), BROKEN)
+def test_broken_rows_are_not_written(
     change: Callable[[Episodes], Episodes], named: list[str], tmp_path: Path
 ) -> None:
-    data = change(make([3, 4]))
     path = tmp_path / "bad.parquet"
-    with pytest.raises(UserError) as refusal:  # a bad file cannot be written ...
-        episodes.write(path, data)
-    assert not path.exists()
-    pq.write_table(table(data), path)
-    with pytest.raises(UserError) as again:  # ... and one from elsewhere cannot be read
-        episodes.read(path)
-    assert str(again.value) == str(refusal.value)
-    for words in [str(path), *named]:
-        assert words in str(again.value)
+    with pytest.raises(UserError) as refusal:
+        episodes.write(path, change(make([3, 4])).recording, Path("raw.hdf5"))
+    for words in ["raw.hdf5", *named]:
+        assert words in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), block=st.integers(1, 12))
+@settings(max_examples=25, deadline=None)
+def test_blocks_make_no_difference(
+    lengths: list[int], block: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Rows in blocks of any length, empty ones among them: the same file, the same statistics."""
+    data = make(lengths)
+    whole = next(iter(data.recording.rows))
+    parts = [Rows(*(c[i : i + block] for c in whole)) for i in range(0, len(whole.reward), block)]
+    cut = Recording(
+        INFO, [parts[0]._replace(**{n: c[:0] for n, c in parts[0]._asdict().items()}), *parts]
+    )
+    folder = tmp_path_factory.mktemp("blocks")
+    for name, told in (("whole", data.recording), ("cut", cut)):
+        episodes.write(folder / name, told)
+    assert (folder / "whole").read_bytes() == (folder / "cut").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(episodes, "ROW_GROUP", block)
+        episodes.write(folder / "small", cut)
+        again = episodes.read(folder / "small")
+        found = episodes.statistics(episodes.stream(folder / "small"))
+    np.testing.assert_array_equal(again.step, data.step)
+    np.testing.assert_array_equal(again.episode_id, data.episode_id)
+    assert found == pytest.approx(episodes.statistics(data.recording))
+    assert found["return_mean"] == pytest.approx(data.returns.mean())
+    assert (found["length_min"], found["length_max"]) == (min(lengths), max(lengths))
+
+
+def test_a_recording_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no rows"):
+        episodes.write(tmp_path / "d.parquet", Recording(INFO, []))
 
 
 def cast(name: str, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
@@ -215,7 +264,7 @@ def test_bad_schemas_are_named(
 @pytest.mark.parametrize("keep", [0, 3, 200, -9])
 def test_a_truncated_file_is_refused(keep: int, tmp_path: Path) -> None:
     path = tmp_path / "cut.parquet"
-    episodes.write(path, make([30]))
+    episodes.write(path, make([30]).recording)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match="not a complete Parquet file"):
         episodes.read(path)
@@ -223,7 +272,7 @@ def test_a_truncated_file_is_refused(keep: int, tmp_path: Path) -> None:
 
 def test_damage_inside_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
-    episodes.write(path, make([300]))
+    episodes.write(path, make([300]).recording)
     damaged = bytearray(path.read_bytes())
     damaged[40:400] = bytes(360)
     path.write_bytes(bytes(damaged))
@@ -259,7 +308,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        episodes.write(tmp_path / "file" / "d.parquet", make([2]))
+        episodes.write(tmp_path / "file" / "d.parquet", make([2]).recording)
 
 
 def test_statistics() -> None:
@@ -268,7 +317,7 @@ def test_statistics() -> None:
         reward=np.array([0.5, 0.95, 0.1, 0.2, 0.3], np.float32),
         info=replace(INFO, dataset="a"),
     )
-    facts = episodes.statistics(data)
+    facts = episodes.statistics(data.recording)
     assert facts["dataset"] == "a"
     assert (facts["episodes"], facts["steps"], facts["obs_dim"], facts["action_dim"]) == (
         2,
@@ -283,6 +332,6 @@ def test_statistics() -> None:
     assert facts["score_mean"] is None
     assert facts["action_min"] == data.action.min()
     json.dumps(facts, allow_nan=False)
-    hopper = episodes.statistics(replace(data, info=replace(INFO, env_id="Hopper-v5")))
+    hopper = episodes.statistics(replace(data, info=replace(INFO, env_id="Hopper-v5")).recording)
     assert hopper["success_rate"] is None
     assert hopper["score_mean"] == pytest.approx(100 * (1.025 + 20.272305) / (3234.3 + 20.272305))

@@ -51,10 +51,10 @@ def collect_fetch(count: int, noise: float, seed: int = 7) -> Episodes:
 
 
 def test_the_fetch_demonstrator_is_as_good_as_its_noise_level_says() -> None:
-    best = episodes.statistics(collect_fetch(12, 0.0))
+    best = episodes.statistics(collect_fetch(12, 0.0).recording)
     assert best["success_rate"] == 1.0
     assert best["return_mean"] > 20
-    worse = episodes.statistics(collect_fetch(30, 1.8))
+    worse = episodes.statistics(collect_fetch(30, 1.8).recording)
     assert 0.15 <= worse["success_rate"] <= 0.65
     assert worse["return_mean"] < 0.65 * best["return_mean"]
 
@@ -74,7 +74,7 @@ def test_progress_is_told_once_an_episode(tmp_path: Path) -> None:
     config = ToySource(source="toy", env="modip/Toy-v0", episodes=5, noise=1.0, seed=7)
     data = toy.collect("toy", config, lambda: calls.append(1))
     assert len(calls) == data.num_episodes == 5
-    episodes.write(tmp_path / "toy.parquet", data)  # and what it collects is a valid file
+    episodes.write(tmp_path / "toy.parquet", data.recording)  # and what it collects is a valid file
 
 
 def test_without_noise_the_toy_demonstrator_is_optimal() -> None:
@@ -88,7 +88,7 @@ def test_without_noise_the_toy_demonstrator_is_optimal() -> None:
 def test_pusht_is_converted_as_the_environment_sees_it() -> None:
     config = PushTSource(source="pusht", env="gym_pusht/PushT-v0", path=str(HUMAN))
     raw = episodes.read(HUMAN)
-    data = pusht.convert("mine", config, HUMAN, "5ha")
+    data = episodes.collected(pusht.convert("mine", config, HUMAN, "5ha"))
     assert (data.info.dataset, data.info.sha256) == ("mine", "5ha")
     assert data.observation.shape == (25_650, pusht_env.OBS_DIM)
     assert data.num_episodes == 206
@@ -107,13 +107,13 @@ def test_pusht_is_converted_as_the_environment_sees_it() -> None:
 def test_pusht_refuses_another_recording() -> None:
     config = PushTSource(source="pusht", env="gym_pusht/PushT-v0", path="my/file.parquet")
     with pytest.raises(UserError, match=r"my/file\.parquet: observation and action have 11 and 3"):
-        pusht.convert("mine", config, HOPPER, "")
+        episodes.collected(pusht.convert("mine", config, HOPPER, ""))
 
 
 def test_the_hopper_sample_is_a_surrogate_of_the_stated_quality() -> None:
     config = ParquetSource(source="parquet", env="Hopper-v5", path=str(HOPPER))
-    data = parquet.convert("hopper-surrogate-medium", config, HOPPER, "5ha")
-    facts = episodes.statistics(data)
+    data = episodes.collected(parquet.convert("hopper-surrogate-medium", config, HOPPER, "5ha"))
+    facts = episodes.statistics(data.recording)
     assert facts["episodes"] == 238
     assert facts["return_mean"] == pytest.approx(1535, abs=1)
     assert facts["score_mean"] == pytest.approx(47.8, abs=0.1)
@@ -134,13 +134,13 @@ def own_file(path: Path, count: int = 10, **change: Any) -> ParquetSource:
         episode_id=np.zeros(count, np.int32),
         step=np.arange(count, dtype=np.int32),
     )
-    episodes.write(path, replace(data, **change))
+    episodes.write(path, replace(data, **change).recording)
     return ParquetSource(source="parquet", env="Pendulum-v1", path=str(path))
 
 
 def test_own_actions_are_normalised_by_the_environments_bounds(tmp_path: Path) -> None:
     path = tmp_path / "own.parquet"
-    data = parquet.convert("own", own_file(path), path, "5ha")
+    data = episodes.collected(parquet.convert("own", own_file(path), path, "5ha"))
     np.testing.assert_allclose(data.action[:, 0], np.linspace(-1, 1, 10), atol=1e-6)
     assert (data.info.dataset, data.info.licence, data.info.sha256) == ("own", "MIT", "5ha")
 
@@ -157,15 +157,19 @@ def test_own_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "own.parquet"
     config = own_file(path)
     with pytest.raises(UserError, match=r"recorded in Pendulum-v1.*data\.own\.env is Hopper-v5"):
-        parquet.convert("own", config.model_copy(update={"env": "Hopper-v5"}), path, "")
+        episodes.collected(
+            parquet.convert("own", config.model_copy(update={"env": "Hopper-v5"}), path, "")
+        )
     with pytest.raises(UserError, match=r"env Pendulm-v1.*did you mean Pendulum-v1"):
-        parquet.convert("own", config.model_copy(update={"env": "Pendulm-v1"}), path, "")
+        episodes.collected(
+            parquet.convert("own", config.model_copy(update={"env": "Pendulm-v1"}), path, "")
+        )
     own_file(path, observation=np.zeros((10, 4), np.float32))
     with pytest.raises(UserError, match="observation has 4 numbers, but Pendulum-v1 has 3"):
-        parquet.convert("own", config, path, "")
+        episodes.collected(parquet.convert("own", config, path, ""))
     own_file(path, action=np.full((10, 1), 2.5, np.float32))
     with pytest.raises(UserError, match=r"action\[0\] is 2.5 in row 0, outside the bounds"):
-        parquet.convert("own", config, path, "")
+        episodes.collected(parquet.convert("own", config, path, ""))
 
 
 def test_messages_name_the_users_file_not_its_copy(tmp_path: Path) -> None:
@@ -173,4 +177,4 @@ def test_messages_name_the_users_file_not_its_copy(tmp_path: Path) -> None:
     config = own_file(path).model_copy(update={"path": "my/own.parquet"})
     path.write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"^my/own\.parquet: not a complete"):
-        parquet.convert("own", config, path, "")
+        episodes.collected(parquet.convert("own", config, path, ""))

@@ -104,7 +104,7 @@ def test_toy_from_nothing_to_episodes(folder: Path, program: Program) -> None:
     made = episodes.read(folder / "data" / "episodes" / "toy.parquet")
     assert made.info.sha256 == record["sha256"]
     facts = json.loads((folder / "data" / "episodes" / "toy.json").read_text())
-    assert facts == episodes.statistics(made)
+    assert facts == episodes.statistics(made.recording)
     first = raw.read_bytes()
     assert program(download, "toy")[0] == 0  # the same bytes again
     assert raw.read_bytes() == first
