@@ -1,12 +1,15 @@
 """params.yaml as one typed tree: strict, frozen, no default in code, every error named before any work.
 
-A section is `{base: {...}, by_dataset: {id: {...}}}`: the values of a cell are `base` overridden by its data set's
-own. So changing one data set's value makes that data set's cells stale, and no other.
+A section is `{base: {...}, by_dataset: {id or pattern: {...}}}`: the values of a cell are `base`, overridden in the
+order of the file by each entry whose pattern (`d4rl/*`) fits its data set. `pipeline.resolve` writes them out, so that
+changing one data set's value makes that data set's cells stale, and no other.
 """
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -308,6 +311,12 @@ def unknown(what: str, value: str, known: Mapping[str, object] | tuple[str, ...]
     return f"{what} {value!r} is unknown: {hint}choose one of {', '.join(known)}"
 
 
+def _of(section: dict[str, Any], dataset: str) -> Any:
+    """A section's values for one data set."""
+    fitting = (v for k, v in section["by_dataset"].items() if fnmatch.fnmatchcase(dataset, k))
+    return functools.reduce(_merge, fitting, section["base"])
+
+
 def _merge(base: Any, over: Any) -> Any:
     if isinstance(base, dict) and isinstance(over, dict):
         return {**base, **{k: _merge(base.get(k), v) for k, v in over.items()}}
@@ -362,20 +371,17 @@ def build(tree: dict[str, Any], path: Path) -> Params:
         section = tree[name]
         if not isinstance(section, dict) or set(section) != {"base", "by_dataset"}:
             raise UserError(f"{path}: {name} must hold exactly `base` and `by_dataset`")
-        for dataset in section["by_dataset"]:
-            if dataset not in tree["data"]:
-                raise UserError(unknown(f"{path}: {name}.by_dataset", str(dataset), tree["data"]))
-        for dataset in tree["data"]:
-            if dataset not in section["by_dataset"]:
+        for pattern, values in section["by_dataset"].items():
+            if not fnmatch.filter(tree["data"], str(pattern)):
+                raise UserError(unknown(f"{path}: {name}.by_dataset", str(pattern), tree["data"]))
+            if not isinstance(values, dict):
                 raise UserError(
-                    f"{path}: {name}.by_dataset lacks {dataset!r}; add `{dataset}: {{}}`"
+                    f"{path}: {name}.by_dataset.{pattern} (value {values!r}) must map names to values; "
+                    "remove it where there are none"
                 )
     cells = {}
     for dataset, source in tree["data"].items():
-        values = {
-            name: _merge(tree[name]["base"], tree[name]["by_dataset"][dataset] or {})
-            for name in SECTIONS
-        }
+        values = {name: _of(tree[name], dataset) for name in SECTIONS}
         cell = {"dataset": dataset, "source": source, "runtime": tree["runtime"], **values}
         try:
             cells[dataset] = Cell.model_validate(cell)

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from modip import config
-from modip.config import SECTIONS, Cell, Params, build, load
+from modip.config import Cell, Params, build, load
 from modip.errors import UserError
 from tests.helpers import ROOT, small_cell, small_tree
 
@@ -65,11 +65,21 @@ def test_a_data_sets_values_override_the_base_and_no_other() -> None:
     assert (cell.modip.demo_share.start, cell.modip.demo_share.end) == (0.5, 0.125)
 
 
+def test_patterns_override_in_the_order_of_the_file() -> None:
+    tree = small_tree()
+    tree["data"]["d/one"] = tree["data"]["d/two"] = tree["data"]["toy"]
+    tree["mppi"]["by_dataset"] = {"d/*": {"horizon": 2, "elites": 5}, "*/one": {"elites": 3}}
+    params = build(tree, PARAMS)
+    found = {d: (c.mppi.horizon, c.mppi.elites) for d, c in params.cells.items()}
+    base = tree["mppi"]["base"]
+    assert found == {
+        "toy": (base["horizon"], base["elites"]), "d/one": (2, 3), "d/two": (2, 5),
+    }  # fmt: skip
+
+
 def test_every_data_set_is_checked_though_only_one_is_run() -> None:
     tree = small_tree()
     tree["data"]["other"] = tree["data"]["toy"]
-    for name in SECTIONS:
-        tree[name]["by_dataset"]["other"] = {}
     build(tree, PARAMS)
     tree["mppi"]["by_dataset"]["other"] = {"horizon": 9}
     assert "[other]" in message(tree)
@@ -158,8 +168,8 @@ TREES: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
         ["mppi", "base", "by_dataset"],
     ),
     "data set without values": (
-        lambda t: t["mppi"]["by_dataset"].clear(),
-        ["mppi.by_dataset lacks 'toy'", "toy: {}"],
+        lambda t: t["mppi"]["by_dataset"].update(toy=None),
+        ["mppi.by_dataset.toy", "None", "remove it"],
     ),
     "values of no data set": (
         lambda t: t["mppi"]["by_dataset"].update(toi={}),

@@ -20,6 +20,7 @@ from modip.data import episodes
 from modip.data.episodes import DatasetInfo, Episodes, Recording, Rows
 from modip.errors import UserError
 from modip.files import write_atomically
+from tests.helpers import table
 
 INFO = DatasetInfo("toy", "modip/Toy-v0", "gymnasium 1.4.0", "a test", "none", "ab12", "made up")
 
@@ -40,18 +41,6 @@ def make(lengths: list[int], seed: int = 0) -> Episodes:
         episode_id=np.repeat(np.arange(len(lengths)), lengths).astype(np.int32),
         step=np.concatenate([np.arange(n) for n in lengths]).astype(np.int32),
     )
-
-
-def table(data: Episodes) -> pa.Table:
-    """The file as a user with nothing but pyarrow would write it."""
-    columns: dict[str, Any] = {
-        name: pa.array(list(getattr(data, name)), pa.list_(pa.float32(), width))
-        for name, width in (("observation", 4), ("action", 2))
-    }
-    for name in ("episode_id", "step", "reward", "terminated", "truncated"):
-        columns[name] = pa.array(getattr(data, name))
-    metadata = {b"modip_dataset": json.dumps(asdict(data.info)).encode()}
-    return pa.table(columns).replace_schema_metadata(metadata)
 
 
 @settings(max_examples=15, deadline=None)

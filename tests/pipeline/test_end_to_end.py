@@ -22,10 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
-from modip.config import SECTIONS
 from modip.data import episodes as files
 from pipeline import convert, download, stage
-from tests.helpers import ROOT, episodes, small_tree
+from tests.helpers import ROOT, episodes, small_tree, table
 
 CLONED = (
     "modip", "pipeline", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore",
@@ -36,6 +35,7 @@ TRAINED = {"diffusion.updates": 1200, "world_model.updates": 700, "critics.updat
 CELLS = {
     f"{name}@toy{item}"
     for name, items in (
+        ("resolve", [""]),
         ("download", [""]),
         ("convert", [""]),
         ("pretrain_bc", ["-0"]),
@@ -52,8 +52,6 @@ def tree() -> dict[str, Any]:
     params = small_tree({**TRAINED, "modip.final_env_steps": 80})
     params["runtime"]["checkpoint_seconds"] = 0.1
     params["data"]["other"] = {**params["data"]["toy"], "seed": 8}
-    for name in SECTIONS:
-        params[name]["by_dataset"]["other"] = {}
     return params
 
 
@@ -151,13 +149,15 @@ def test_a_changed_value_reruns_what_depends_on_it_and_no_more(clone: Clone) -> 
     clone.params["runtime"]["checkpoint_seconds"] = 0.2  # changes no result
     clone.save()
     ran, text = clone.repro()
-    assert ran <= {"report"}, text  # which shows the parameters
+    assert ran <= {"resolve@toy", "report"}, text  # which shows the parameters
     clone.params["modip"]["by_dataset"]["toy"] = {"explore_std": 0.2}
     clone.save()
     before = clone.results()
     ran, text = clone.repro()
     # The control reads no exploration: trained again, it is the same to the bit, and so is its evaluation.
-    assert ran == {"finetune@toy-bc-0", "finetune@toy-modip-0", "evaluate@toy-modip-0", "report"}
+    assert ran == {
+        "resolve@toy", "finetune@toy-bc-0", "finetune@toy-modip-0", "evaluate@toy-modip-0", "report",
+    }  # fmt: skip
     after = clone.results()
     changed = {name for name in before if before[name] != after[name]}
     assert changed
@@ -228,23 +228,21 @@ def test_wrong_input_ends_dvc_before_any_training(clone: Clone) -> None:
     ran, text = clone.repro(status=255)
     assert text.count("error: ") == 1, text
     assert re.search(r"error: params.yaml: \[toy\].*mppi.horizon 9 exceeds chunk.horizon 4.*lower", text)  # fmt: skip
-    assert ran <= {"finetune@toy-bc-0", "finetune@toy-modip-0"}
+    assert ran == {"resolve@toy"}
     mine = clone.folder / "data" / "own" / "mine.parquet"
-    files.write(mine, episodes())
-    table = pq.read_table(mine)
-    pq.write_table(table.drop_columns(["reward"]), mine)
+    files.write(mine, episodes().recording)
+    whole = pq.read_table(mine)
+    pq.write_table(whole.drop_columns(["reward"]), mine)
     clone.params = tree()
     clone.params["dataset"] = ["mine"]
     clone.params["data"]["mine"] = {
         "source": "parquet", "env": "modip/Toy-v0", "path": "data/own/mine.parquet",
     }  # fmt: skip
-    for name in SECTIONS:
-        clone.params[name]["by_dataset"]["mine"] = {}
     clone.save()
     ran, text = clone.repro(status=255)
     assert "error: data/own/mine.parquet: column reward is missing" in text
-    assert ran == {"download@mine", "convert@mine"}
-    pq.write_table(table, mine)  # repaired, it is noticed and goes on
+    assert ran == {"resolve@mine", "download@mine", "convert@mine"}
+    pq.write_table(whole, mine)  # repaired, it is noticed and goes on
     ran, text = clone.repro("convert@mine")
     assert ran == {"download@mine", "convert@mine"}
     mine.unlink()
@@ -316,14 +314,10 @@ def test_a_broken_file_is_one_line(
     change, parts = BROKEN[name]
     plain = episodes()
     copies = {k: v.copy() for k, v in vars(plain).items() if isinstance(v, np.ndarray)}
-    monkeypatch.setattr(files, "_check", lambda path, data: None)  # write what may not be written
-    files.write(tmp_path / "mine.parquet", change(replace(plain, **copies)))
-    monkeypatch.undo()
+    pq.write_table(table(change(replace(plain, **copies))), tmp_path / "mine.parquet")
     params = small_tree()
     params["dataset"] = ["mine"]
     params["data"]["mine"] = {"source": "parquet", "env": "modip/Toy-v0", "path": "mine.parquet"}
-    for section in SECTIONS:
-        params[section]["by_dataset"]["mine"] = {}
     YAML().dump(params, tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["stage", "--dataset", "mine"])
@@ -336,4 +330,4 @@ def test_a_broken_file_is_one_line(
     assert errors.count("\n") == 1
     for part in parts:
         assert part in errors
-    assert not (tmp_path / "data" / "episodes").exists()
+    assert not list((tmp_path / "data").glob("episodes/*"))

@@ -1,9 +1,10 @@
-"""dvc.yaml against the programs: a stage's `params:` are the sections its program reads, no more and no fewer."""
+"""dvc.yaml against the programs: a stage depends on the sections its program reads, no more and no fewer."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,7 @@ from pipeline import (
     finetune,
     pretrain_bc,
     pretrain_model,
+    resolve,
     stage,
     training,
 )
@@ -51,15 +53,39 @@ def test_every_stage_is_a_program_with_its_matrix() -> None:
 
 @pytest.mark.parametrize("name", MAINS)
 def test_a_stage_depends_on_the_sections_its_program_reads(name: str) -> None:
-    """Of each its `base` and its own data set's values, so that another data set's make nothing stale."""
-    reads: tuple[str, ...] = MAINS[name].READS
-    expected = [p for s in reads for p in (f"{s}.base", f"{s}.by_dataset.${{item.dataset}}")]
-    assert sorted(STAGES[name]["params"]) == sorted(expected)
+    """As they were written out for its data set, so that another data set's make nothing stale."""
+    assert values_of(name) == set(MAINS[name].READS)
+    assert "params" not in STAGES[name]
 
 
 @pytest.mark.parametrize("name", ["download", "convert"])
-def test_a_data_stage_depends_on_its_data_sets_entry(name: str) -> None:
-    assert STAGES[name]["params"] == ["data.${item.dataset}"]
+def test_a_data_stage_depends_on_its_data_sets_source(name: str) -> None:
+    assert values_of(name) == {"source"}
+
+
+def values_of(name: str) -> set[str]:
+    cells = "data/cells/${item.dataset}/"
+    return {Path(d).stem for d in STAGES[name]["deps"] if d.startswith(cells)}
+
+
+def test_values_are_written_out_for_each_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree = small_tree()
+    tree["data"]["a/b"] = tree["data"]["toy"]
+    tree["mppi"]["by_dataset"] = {"a/*": {"horizon": 2}, "*/b": {"elites": 5}, "toy": {"elites": 3}}
+    params = build(tree, tmp_path / "params.yaml")
+    found = {}
+    for dataset in ("toy", "a/b"):
+        resolve.body(argparse.Namespace(dataset=dataset), params)
+        files = (tmp_path / "data" / "cells" / dataset).iterdir()
+        found[dataset] = {file.stem: json.loads(file.read_text()) for file in files}
+        assert set(found[dataset]) == {"source", *SECTIONS}
+        assert found[dataset]["mppi"] == params.cell(dataset).mppi.model_dump()
+    differ = {name for name in SECTIONS if found["toy"][name] != found["a/b"][name]}
+    assert differ == {"mppi"}
+    assert (found["a/b"]["mppi"]["horizon"], found["a/b"]["mppi"]["elites"]) == (2, 5)
 
 
 def test_every_section_is_read_by_some_stage() -> None:
@@ -68,13 +94,9 @@ def test_every_section_is_read_by_some_stage() -> None:
 
 
 def test_the_parameters_are_complete() -> None:
-    """Every data set has an entry in every section: DVC refuses a stage whose parameter is missing."""
     tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
-    for section in SECTIONS:
-        assert set(tree[section]) == {"base", "by_dataset"}
-        assert set(tree[section]["by_dataset"]) == set(tree["data"]), section
-        assert all(values is not None for values in tree[section]["by_dataset"].values()), section
     assert set(tree) == {*MATRIX, "runtime", "data", *SECTIONS}
+    assert set(STAGES["resolve"]["params"]) == {"data.${item.dataset}", *SECTIONS}
     assert set(tree["agent"]) <= set(AGENTS)
 
 
@@ -88,7 +110,7 @@ def test_what_a_stage_is_given_another_one_makes() -> None:
     for name, entry in STAGES.items():
         for path in entry.get("deps", []):
             plain = re.sub(r"\$\{.*?\}", "*", path)
-            made = path in outs or any(out.startswith(f"{path}/") for out in outs)
+            made = any(f"{a}/".startswith(f"{b}/") for o in outs for a, b in ((o, path), (path, o)))
             assert made or "*" not in plain, f"{name} needs {path}, which no stage makes"
             assert made or (ROOT / path).exists(), f"{name} needs {path}, which is not there"
         assert f"pipeline/{name}.py" in entry["deps"]
@@ -132,6 +154,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, small: Params) -> tuple[Path,
     seen: dict[str, set[str]] = {name: set() for name in ("download", "convert", *MAINS)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        work(resolve, small)
         for main in (download, convert, pretrain_bc, pretrain_model):
             name = main.__name__.rpartition(".")[2]
             work(main, Recording(small, seen[name]))

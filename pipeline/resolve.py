@@ -1,0 +1,32 @@
+"""Checks params.yaml whole, and writes out each section's values for one data set.
+
+Writes data/cells/DATASET/SECTION.json. The other stages depend on those of the sections they read, so a change in
+params.yaml makes stale what it changes, whichever pattern of data sets it was made under.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from modip.config import SECTIONS, Params
+from modip.files import write_atomically
+from pipeline import stage
+
+CELLS = Path("data/cells")
+
+
+def body(args: argparse.Namespace, params: Params) -> None:
+    """One data set."""
+    values = params.cell(args.dataset).model_dump(include={"source", *SECTIONS})
+    for section, found in values.items():
+        text = json.dumps(found, indent=2) + "\n"
+        write_atomically(
+            CELLS / args.dataset / f"{section}.json", lambda path, t=text: path.write_text(t)
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(stage.run(stage.parser(__doc__, "dataset"), body))
