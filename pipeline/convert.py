@@ -18,7 +18,7 @@ from modip.config import Params
 from modip.data import episodes, parquet, pusht
 from modip.data.episodes import Recording
 from modip.errors import UserError
-from modip.files import write_atomically
+from modip.files import write_json
 from pipeline import stage
 from pipeline.download import RAW
 
@@ -45,8 +45,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
     target = EPISODES / f"{args.dataset}.parquet"
     episodes.write(target, found)
     facts = episodes.statistics(episodes.stream(target))
-    text = json.dumps(facts, indent=2) + "\n"
-    write_atomically(target.with_suffix(".json"), lambda path: path.write_text(text))
+    write_json(target.with_suffix(".json"), facts)
     success = facts["success_rate"]
     log.info(
         "%s: %d episodes, %d steps, return %.4g ± %.4g, %s",

@@ -28,6 +28,7 @@ from modip.critics import Critics, returns_to_go
 from modip.diffusion import DiffusionPolicy
 from modip.envs import BatchedEnv, score, video_support
 from modip.errors import UserError
+from modip.files import write_json
 from modip.loops import ActFn, Episodes, evaluate
 from modip.parts import new_critics, new_model
 from modip.replay import Replay
@@ -134,7 +135,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
                 "success": found.success if env.spec.has_success else None,
             }  # fmt: skip
             if recorder is not None and parts is not None:
-                training.write_json(
+                write_json(
                     out / "details" / "calibration.json",
                     calibration(cell, recorder, parts[1], parts[2]),
                 )
@@ -142,8 +143,8 @@ def body(args: argparse.Namespace, params: Params) -> None:
         "dataset": args.dataset, "env": task.spec.env_id, "env_version": env.spec.version,
         "agent": args.agent, "seed": args.seed,
     }  # fmt: skip
-    training.write_json(out / "metrics.json", {**head, "results": results})
-    training.write_json(out / "details" / "episodes.json", episodes)
+    write_json(out / "metrics.json", {**head, "results": results})
+    write_json(out / "details" / "episodes.json", episodes)
     _film(task, judged, out / "details" / "videos")
 
 

@@ -22,7 +22,7 @@ from modip.artifacts import expect_spec, read_policy, restore_model, save_model,
 from modip.config import Params, unknown
 from modip.envs import BatchedEnv
 from modip.errors import UserError
-from modip.files import write_atomically
+from modip.files import write_atomically, write_json
 from modip.loops import Fit, Interaction
 from modip.parts import new_critics, new_model, new_policy
 from pipeline import stage, training
@@ -129,7 +129,7 @@ def _modip(task: Task, start: Path) -> None:
 
 def _write_curve(out: Path, done: training.Run) -> None:
     write_atomically(out / "curve.jsonl", lambda path: shutil.copyfile(done.curve, path))
-    training.write_json(out / "timing.json", {"finetune": done.seconds})
+    write_json(out / "timing.json", {"finetune": done.seconds})
 
 
 if __name__ == "__main__":

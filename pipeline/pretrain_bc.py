@@ -13,6 +13,7 @@ import torch
 from modip.agents.bc import BC
 from modip.artifacts import save_policy
 from modip.config import Params
+from modip.files import write_json
 from modip.loops import Fit
 from modip.parts import new_policy
 from pipeline import stage, training
@@ -43,7 +44,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
         task.spec,
         task.meta(grad_steps=job.grad_steps),
     )
-    training.write_json(out / "policy.json", {"pretrain_bc": done.seconds})
+    write_json(out / "policy.json", {"pretrain_bc": done.seconds})
     training.finish(folder)
 
 

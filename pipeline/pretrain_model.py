@@ -13,6 +13,7 @@ import torch
 from modip import checkpoint
 from modip.artifacts import read_policy, save_model
 from modip.config import Params
+from modip.files import write_json
 from modip.loops import Fit
 from modip.parts import new_critics, new_model
 from modip.pretraining import Pretraining
@@ -41,7 +42,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
     out = task.pretrained / "model"
     meta = task.meta(grad_steps=job.grad_steps, parent=checkpoint.fingerprint(start))
     save_model(out, agent.model.ema, agent.critics.ema, cell, task.spec, meta)
-    training.write_json(task.pretrained / "model.json", {"pretrain_model": done.seconds})
+    write_json(task.pretrained / "model.json", {"pretrain_model": done.seconds})
     training.finish(folder)
 
 

@@ -34,12 +34,12 @@ from ruamel.yaml import YAML
 from modip import envs
 from modip.config import SECTIONS, Params
 from modip.errors import UserError
-from modip.files import write_atomically
+from modip.files import write_atomically, write_json
 from pipeline import figures, stage
 from pipeline.convert import EPISODES
 from pipeline.figures import PALETTE, Curve, Plot, Reference
 from pipeline.statistics import COVERAGE, Calibration, Estimate, calibration, estimate, iqm, mean
-from pipeline.training import ARTIFACTS, write_json
+from pipeline.training import ARTIFACTS
 
 REPORT = Path("report")
 TEMPLATE = Path(__file__).with_name("report_template.html.j2")

@@ -7,12 +7,11 @@ params.yaml makes stale what it changes, whichever pattern of data sets it was m
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from modip.config import SECTIONS, Params
-from modip.files import write_atomically
+from modip.files import write_json
 from pipeline import stage
 
 CELLS = Path("data/cells")
@@ -22,10 +21,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
     """One data set."""
     values = params.cell(args.dataset).model_dump(include={"source", *SECTIONS})
     for section, found in values.items():
-        text = json.dumps(found, indent=2) + "\n"
-        write_atomically(
-            CELLS / args.dataset / f"{section}.json", lambda path, t=text: path.write_text(t)
-        )
+        write_json(CELLS / args.dataset / f"{section}.json", found)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from modip.config import Cell, Params
 from modip.data import episodes
 from modip.envs import BatchedEnv
 from modip.errors import UserError
-from modip.files import write_atomically
 from modip.loops import Fit, Interaction
 from modip.replay import Replay
 from modip.types import Spec
@@ -190,12 +189,6 @@ def _diverged(title: str, job: Fit | Interaction, what: str) -> UserError:
 def finish(folder: Path) -> None:
     """Forget a job whose results are written."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomic and strict: NaN is an error."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda to: to.write_text(text))
 
 
 def check_env(task: Task, env: BatchedEnv) -> None:
