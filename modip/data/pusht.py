@@ -31,7 +31,8 @@ SUCCESS = 0.95
 
 def convert(dataset: str, config: PushTSource, path: Path, sha256: str) -> Recording:
     """Reads the recording and gives features and agent-relative actions."""
-    official = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        official = file.read(4) == b"PK\3\4"
     raw = _official(dataset, config, path) if official else episodes.read(path)
     shape = (raw.observation.shape[1], raw.action.shape[1])
     if shape != (5, 2):
