@@ -161,12 +161,12 @@ def _values(split: _Split, frames: range, config: CalvinSource) -> Float:
 def _recordings(split: _Split, config: CalvinSource) -> NDArray[np.int64]:
     """First and last frame (inclusive) of every recording (N, 2), in order."""
     name = f"{config.path}: {config.split}/{_RECORDINGS}"
-    data = split.file(_RECORDINGS)
-    if data is None:
-        raise UserError(f"{name}: no such file; path must hold CALVIN's {config.split}/")
     try:
+        data = split.file(_RECORDINGS)
+        if data is None:
+            raise UserError(f"{name}: no such file; path must hold CALVIN's {config.split}/")
         ids = zips.array(data)
-    except (ValueError, IndexError) as problem:
+    except (ValueError, OSError, zipfile.BadZipFile) as problem:
         raise UserError(f"{name}: {problem}; download the data again") from problem
     if ids.ndim != 2 or ids.shape[1] != 2 or ids.dtype.kind not in "iu" or not len(ids):
         raise UserError(f"{name}: shape {ids.shape} of {ids.dtype} is not a list of frame pairs")
@@ -178,10 +178,10 @@ def _recordings(split: _Split, config: CalvinSource) -> NDArray[np.int64]:
 
 def _annotations(split: _Split, config: CalvinSource) -> list[_Annotation]:
     """What was done, as annotated; none where there is no such file."""
-    data = split.file(_LANGUAGE)
-    if data is None:
-        return []
     try:
+        data = split.file(_LANGUAGE)
+        if data is None:
+            return []
         found = pickles.array_of_objects(data[10 + int.from_bytes(data[8:10], "little") :])
         language, frames = found["language"], found["info"]["indx"]
         return [
@@ -190,7 +190,7 @@ def _annotations(split: _Split, config: CalvinSource) -> list[_Annotation]:
                 language["task"], language["ann"], frames, strict=True
             )
         ]
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as problem:
         raise UserError(
             f"{config.path}: {config.split}/{_LANGUAGE}: {problem}; download the data again"
         ) from problem

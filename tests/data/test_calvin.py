@@ -228,7 +228,13 @@ def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
     path = zipped(tmp_path / "in", tmp_path / "c.zip", "", zipfile.ZIP_STORED)
     with pytest.raises(UserError, match=r"episode_0000070\.npz: no such file"):
         converted(path)
-    path.write_bytes(path.read_bytes()[:-30])
+    good = path.read_bytes()
+    for name in (b"training/ep_start_end_ids.npy", b"training/lang_annotations/auto_lang_ann.npy"):
+        at = good.index(name) + 200
+        path.write_bytes(good[:at] + b"damage" + good[at + 6 :])
+        with pytest.raises(UserError, match=rf"{name.decode()}: .*checksum"):
+            converted(path)
+    path.write_bytes(good[:-30])
     with pytest.raises(UserError, match=r"c\.zip: .*download it again"):
         converted(path)
     with pytest.raises(UserError, match=r"training/ep_start_end_ids\.npy: no such file"):
