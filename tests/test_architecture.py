@@ -29,7 +29,7 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PURE = {"returns", "mppi", "denoising_mdp"}
 PIPELINE_ONLY = {"wandb", "prefect", "optuna", "dvc", "pipeline"}
-SIMULATORS = {"mujoco", "gymnasium_robotics", "robosuite", "gym_pusht"}
+SIMULATORS = {"mujoco", "gymnasium_robotics", "robosuite", "gym_pusht", "calvin_env", "hydra"}
 
 Rule = Callable[[str, ast.Module], Iterator[str]]
 

@@ -24,6 +24,7 @@ from modip.errors import UserError
 from modip.files import write_atomically
 
 METADATA_KEY = b"modip_dataset"
+SEGMENTS_KEY = b"modip_segments"
 ROW_GROUP = 64 * 1024
 # Floats byte plane by byte plane, counters as differences: a third smaller than plain zstd.
 _ENCODING = {
@@ -60,11 +61,22 @@ class Rows(NamedTuple):
     truncated: Flags  # (N,)
 
 
+class Segment(NamedTuple):
+    """A stretch of an episode that someone described."""
+
+    episode: int  # its episode_id
+    first: int  # step
+    last: int  # step, inclusive
+    task: str
+    text: str
+
+
 class Recording(NamedTuple):
     """What the data are, and their rows in blocks of any length, read as they are asked for."""
 
     info: DatasetInfo
     rows: Iterable[Rows]
+    segments: tuple[Segment, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,8 @@ def write(path: Path, recording: Recording, origin: Path | None = None) -> None:
                     "truncated": pa.array(rows.truncated, pa.bool_()),
                 }
                 metadata = {METADATA_KEY: json.dumps(asdict(recording.info))}
+                if recording.segments:
+                    metadata[SEGMENTS_KEY] = json.dumps(recording.segments)
                 table = pa.table(columns).replace_schema_metadata(metadata)
                 if writer is None:
                     writer = pq.ParquetWriter(
@@ -191,8 +205,9 @@ def stream(source: Path, info: DatasetInfo | None = None, path: Path | None = No
             )
     if file.metadata.num_rows == 0:
         raise UserError(f"{path}: no rows; a data set needs at least one episode")
-    told = _info(path, file.schema_arrow.metadata) or info or _no_info(path)
-    return Recording(told, _blocks(file, path))
+    metadata = file.schema_arrow.metadata or {}
+    told = _info(path, metadata) or info or _no_info(path)
+    return Recording(told, _blocks(file, path), _segments(path, metadata))
 
 
 def _blocks(file: pq.ParquetFile, path: Path) -> Iterator[Rows]:
@@ -369,6 +384,16 @@ def _info(path: Path, metadata: dict[bytes, bytes] | None) -> DatasetInfo | None
             f"{', '.join(sorted(names))}; correct or remove it"
         )
     return DatasetInfo(**told)
+
+
+def _segments(path: Path, metadata: dict[bytes, bytes]) -> tuple[Segment, ...]:
+    try:
+        return tuple(Segment(*one) for one in json.loads(metadata.get(SEGMENTS_KEY, "[]")))
+    except (ValueError, TypeError) as problem:
+        raise UserError(
+            f"{path}: its metadata {SEGMENTS_KEY.decode()} must be JSON, a list of "
+            f"[{', '.join(Segment._fields)}]; correct or remove it"
+        ) from problem
 
 
 def _all_text(told: dict[str, Any]) -> bool:

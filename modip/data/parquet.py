@@ -32,4 +32,4 @@ def convert(dataset: str, config: ParquetSource, path: Path, sha256: str) -> Rec
             f"is {config.env}; set it to {raw.info.env_id}"
         )
     rows = normalised(raw.rows, config.env, config.path, f"data.{dataset}.env")
-    return Recording(replace(raw.info, dataset=dataset, sha256=sha256), rows)
+    return raw._replace(info=replace(raw.info, dataset=dataset, sha256=sha256), rows=rows)

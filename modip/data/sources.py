@@ -38,7 +38,7 @@ class _Recorded(_Source):
 
 
 class PushTSource(_Recorded):
-    """Human PushT demonstrations: state observations in pixels, absolute pixel targets."""
+    """Human PushT demonstrations: the official zip, or states and pixel targets as Parquet."""
 
     source: Literal["pusht"] = Field(description="human PushT demonstrations")
     env: Literal["gym_pusht/PushT-v0"] = Field(description="their environment")
@@ -50,6 +50,32 @@ class ParquetSource(_Recorded):
     source: Literal["parquet"] = Field(description="a Parquet file in the episode schema")
 
 
+class LeRobotSource(_Recorded):
+    """A LeRobot data set of layout v2.0, v2.1 or v3.0; actions in the environment's own units."""
+
+    source: Literal["lerobot"] = Field(description="a LeRobot data set")
+    observation: list[str] = Field(
+        min_length=1, description="features that make up the observation, in this order"
+    )
+    reward: Literal["recorded", "last_frame"] = Field(
+        description="recorded: the column next.reward; last_frame: 1 on the last frame of every success"
+    )
+
+
+class CalvinSource(_Recorded):
+    """CALVIN play data: robot and scene state, relative actions."""
+
+    source: Literal["calvin"] = Field(description="CALVIN play data, one .npz per time step")
+    env: str = Field(
+        pattern=r"^calvin/[A-D]-[a-z_]+$", description="scene and task, as calvin/D-open_drawer"
+    )
+    split: Literal["training", "validation"] = Field(description="folder of the data set")
+    take: Literal["play", "task"] = Field(
+        description="play: whole recordings; task: only the stretches annotated with the task"
+    )
+
+
 SourceConfig = Annotated[
-    FetchSource | ToySource | PushTSource | ParquetSource, Field(discriminator="source")
+    FetchSource | ToySource | PushTSource | ParquetSource | LeRobotSource | CalvinSource,
+    Field(discriminator="source"),
 ]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from modip.envs.family import Adapter, Array, Family
 
 ENV_ID = "gym_pusht/PushT-v0"
+KEYPOINTS_ID = "modip/PushTKeypoints-v0"
 ARENA = 512.0
 REACH = 85.0  # pixels from the agent to the target at action 1
 OBS_DIM = 9
@@ -112,8 +113,19 @@ def reached(reward: float, terminated: bool) -> bool:
     return terminated
 
 
+class _KeypointsAdapter(Adapter):
+    """The environment's own numbers, as LeRobot's recordings have them: agent xy and 8 keypoints (18,), in pixels."""
+
+    def observe(self, raw: Any) -> Array:
+        return np.concatenate((raw["agent_pos"], raw["environment_state"])).astype(np.float32)
+
+    def outcome(self, reward: float, terminated: bool, info: dict[str, Any]) -> tuple[float, bool]:
+        return reward, reached(reward, terminated)
+
+
 def make(env_id: str, render_mode: str | None) -> Adapter:
-    """PushT with its state observation and 300 steps."""
+    """PushT with 300 steps, observed as the id says."""
+    keypoints = env_id == KEYPOINTS_ID
     with warnings.catch_warnings():
         # pygame asks setuptools for something deprecated when it is first imported.
         warnings.filterwarnings("ignore", message=".*pkg_resources.*")
@@ -121,9 +133,12 @@ def make(env_id: str, render_mode: str | None) -> Adapter:
 
         gymnasium.register_envs(gym_pusht)
         env = gymnasium.make(
-            env_id, disable_env_checker=True, render_mode=render_mode or "rgb_array"
+            ENV_ID,
+            disable_env_checker=True,
+            render_mode=render_mode or "rgb_array",
+            obs_type="environment_state_agent_pos" if keypoints else "state",
         )
-    return _PushTAdapter(env)
+    return _KeypointsAdapter(env, 18, has_success=True) if keypoints else _PushTAdapter(env)
 
 
 FAMILY = Family(
@@ -133,4 +148,12 @@ FAMILY = Family(
     reward_note="coverage of the goal / 0.95, ends at success; success: coverage above 0.95",
     success_at_end=reached,
     mirror=MIRROR,
+)
+
+KEYPOINTS_FAMILY = Family(
+    matches=lambda env_id: env_id == KEYPOINTS_ID,
+    make=make,
+    packages=FAMILY.packages,
+    reward_note=FAMILY.reward_note,
+    success_at_end=reached,
 )

@@ -24,6 +24,7 @@ IDS = [
     "FetchPickAndPlace-v4",
     "Hopper-v5",
     "gym_pusht/PushT-v0",
+    "modip/PushTKeypoints-v0",
     "Pendulum-v1",  # custom: Box observations, actions in [-2, 2]
     "FetchReachDense-v4",  # custom: Dict observations
 ]
