@@ -258,6 +258,11 @@ def score(env_id: str, episode_return: float) -> float | None:
     return 100.0 * (episode_return - low) / (high - low)
 
 
+def data_note(env_id: str) -> str | None:
+    """What differs between this environment and the one that D4RL recorded, for its data and its scores."""
+    return mujoco.DATA_NOTES.get(env_id)
+
+
 def success_at_end(env_id: str, last_reward: float, terminated: bool) -> bool | None:
     """Success of a recorded episode by its last row, or None where that does not show it."""
     rule = family(env_id).success_at_end

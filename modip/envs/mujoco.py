@@ -21,6 +21,21 @@ REFERENCE_RETURNS = {
     "Walker2d": (1.629008, 4592.3),
 }
 
+_SIMULATORS = "D4RL's recordings are of Gym's v2 environments and an older MuJoCo (mujoco-py)"
+_ALIKE = "observations, actions, time step and the rule for a fall are the same"
+_FALL = "v2 paid the healthy reward of 1 on the step of a fall too, v5 does not"
+# As in the version history of gymnasium/envs/mujoco/*_v5.py. Steps of v4, which has v2's models and rewards, replayed
+# in v5 on one MuJoCo show these differences and no others.
+DATA_NOTES = {
+    "HalfCheetah-v5": f"{_SIMULATORS}. Model, reward and the rest are v5's.",
+    "Hopper-v5": f"{_SIMULATORS}: {_ALIKE}; {_FALL}.",
+    "Walker2d-v5": (
+        f"{_SIMULATORS}: {_ALIKE}; {_FALL}. The right foot's friction was 0.9, the left one's 1.9; in v5 both have 1.9, "
+        "so steps on the right foot differ, and returns are not comparable."
+    ),
+}
+"""What differs between D4RL's simulator and the one here."""
+
 
 @dataclass(frozen=True)
 class _Task:
