@@ -275,6 +275,36 @@ def stepping(effort: Effort) -> Iterator[Row]:
     yield Row("env_step_over_bare", ratio(times["ours"], times["bare"]), "ratio")
 
 
+def stepping_together(effort: Effort) -> Iterator[Row]:
+    """A step of Hopper in our batches against Gymnasium's SyncVectorEnv, its checks of arguments switched off."""
+    for count, suffix in ((8, ""), (25, "_25"), (50, "_50")):
+        figures = _over_sync(count, effort)
+        yield Row(f"hopper_step_over_sync{suffix}", figures, "ratio", "<= 0.75")
+
+
+def _over_sync(count: int, effort: Effort) -> list[float]:
+    batch = BatchedEnv("Hopper-v5", count)
+    sync = gymnasium.vector.SyncVectorEnv(
+        count * [lambda: gymnasium.make("Hopper-v5", disable_env_checker=True)]
+    )
+    still, seeds = np.zeros((count, ACTION), np.float32), list(range(count))
+
+    def ours() -> None:
+        batch.reset(seeds, seeds)
+        for _ in range(20):
+            batch.step(torch.from_numpy(still))
+
+    def theirs() -> None:
+        sync.reset(seed=seeds)
+        for _ in range(20):
+            sync.step(still)
+
+    times = rounds({"ours": ours, "sync": theirs}, effort)
+    batch.close()
+    sync.close()
+    return ratio(times["ours"], times["sync"])
+
+
 def reading(effort: Effort, rows: int = 1_000_000) -> Iterator[Row]:
     """A data set written; and read and checked, against reading the same columns with pyarrow and checking nothing."""
     with tempfile.TemporaryDirectory() as folder:
@@ -290,5 +320,5 @@ def reading(effort: Effort, rows: int = 1_000_000) -> Iterator[Row]:
 
 
 CASES: tuple[Callable[[Effort], Iterator[Row]], ...] = (
-    planner, terminal, critic_update, sampler, updates, gather, stepping, reading,
+    planner, terminal, critic_update, sampler, updates, gather, stepping, stepping_together, reading,
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Turns a source into episodes: flat observations, actions in [-1, 1], checked and described.
 
-Writes data/episodes/DATASET.parquet and DATASET.json, its statistics.
+Writes data/episodes/DATASET.parquet and DATASET.json: its statistics, and how far they are from today's simulator.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from modip import envs
 from modip.config import Params
-from modip.data import calvin, episodes, lerobot, parquet, pusht
+from modip.data import calvin, episodes, fidelity, lerobot, parquet, pusht
 from modip.data.episodes import Recording
 from modip.errors import UserError
 from modip.files import write_json
@@ -50,6 +51,8 @@ def body(args: argparse.Namespace, params: Params) -> None:
     target = EPISODES / f"{args.dataset}.parquet"
     episodes.write(target, found)
     facts = episodes.statistics(episodes.stream(target))
+    replayed = fidelity.sample(episodes.stream(target), facts["steps"], facts["terminated"])
+    facts |= fidelity.one_step_error(facts["env_id"], replayed)
     write_json(target.with_suffix(".json"), facts)
     success = facts["success_rate"]
     log.info(
@@ -61,6 +64,13 @@ def body(args: argparse.Namespace, params: Params) -> None:
         facts["return_std"],
         "success unknown" if success is None else f"success {success:.2f}",
     )
+    log.info("%s: %s", args.dataset, fidelity.summary(facts))
+    doubt = fidelity.doubt(facts)
+    if doubt is not None:
+        here = envs.spec(facts["env_id"]).version
+        log.warning(
+            "%s: %s (recorded with %s; here: %s)", args.dataset, doubt, facts["env_version"], here
+        )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from ruamel.yaml import YAML
 
 from modip import envs
 from modip.config import SECTIONS, Params
+from modip.data import fidelity
 from modip.errors import UserError
 from modip.files import write_atomically, write_json
 from pipeline import figures, stage
@@ -381,7 +382,8 @@ def dataset_view(
     results = {(run.agent, run.seed): run.metrics["results"] for run in runs}
     found = methods(rows, runs, colours)
     measures = [name for name in MEASURES if any(name in method.measures for method in found)]
-    facts = EPISODES / f"{dataset}.json"
+    file = EPISODES / f"{dataset}.json"
+    facts = json.loads(file.read_text()) if file.is_file() else None
     settings = {
         name: cell.model_dump(mode="json")[name] for name in ("source", "runtime", *SECTIONS)
     }
@@ -390,7 +392,9 @@ def dataset_view(
         "env": cell.source.env,
         "env_version": " / ".join(sorted({run.metrics["env_version"] for run in runs})),
         "reward_note": envs.family(cell.source.env).reward_note,
-        "facts": json.loads(facts.read_text()) if facts.is_file() else None,
+        "data_note": envs.data_note(cell.source.env),
+        "facts": facts,
+        "replayed": fidelity.summary(facts) if facts else None,
         "seeds": sorted({run.seed for run in runs}),
         "episodes": rows[0]["episodes"] if rows else 0,
         "reward_offset": cell.critics.reward_offset,

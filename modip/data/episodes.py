@@ -185,7 +185,8 @@ def stream(source: Path, info: DatasetInfo | None = None, path: Path | None = No
     if not source.is_file():
         raise UserError(f"{source}: no such file; run the stages before this one (`dvc repro`)")
     try:
-        file = pq.ParquetFile(source)
+        # Read ahead, pyarrow keeps all of the file in memory to the end.
+        file = pq.ParquetFile(source, pre_buffer=False)
     except (pa.ArrowException, OSError) as problem:
         raise _incomplete(path, problem) from problem
     names = file.schema_arrow.names

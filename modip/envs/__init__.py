@@ -61,7 +61,7 @@ class StepResult(NamedTuple):
 
 
 class BatchedEnv:
-    """B copies of one environment, stepped in turn; episodes begin only in `reset`."""
+    """B copies of one environment; episodes begin only in `reset`."""
 
     def __init__(self, env_id: str, num_envs: int, render: bool = False) -> None:
         if render:
@@ -73,6 +73,7 @@ class BatchedEnv:
                 os.environ["MUJOCO_GL"] = backend
         mode = "rgb_array" if render else None
         self._envs = [make(env_id, mode) for _ in range(num_envs)]
+        self._stepper = family(env_id).stepper(self._envs)
         env = self._envs[0]
         self.spec = _spec(env_id, env)
         shape = (num_envs, env.max_episode_steps, self.spec.action_dim)
@@ -126,22 +127,25 @@ class BatchedEnv:
         Raises ValueError for a non-finite action of a row that would step.
         """
         running = self._running()
-        chosen = np.flatnonzero(running) if rows is None else rows.numpy()[running[rows.numpy()]]
-        commands = action.detach().cpu().numpy()
+        chosen = running.nonzero()[0] if rows is None else rows.numpy()[running[rows.numpy()]]
+        commands = action.detach().cpu().numpy()[chosen]
+        if not np.isfinite(commands).all():
+            wrong = int(np.argmin(np.isfinite(commands).all(1)))
+            raise ValueError(
+                f"{self.spec.env_id}: non-finite action {commands[wrong]} in row {chosen[wrong]}"
+            )
         self._reward.fill(0.0)
-        for row in chosen:
-            command = commands[row]
-            if not np.isfinite(command).all():
-                raise ValueError(f"{self.spec.env_id}: non-finite action {command} in row {row}")
-            self._actions[row, self._steps[row]] = command
-            self._steps[row] += 1
-            obs, reward, terminated, truncated, info = self._envs[row].step(command)
-            self._obs[row] = obs
-            self._reward[row] = reward
-            self._terminated[row] = terminated
-            self._truncated[row] = truncated
-            if self.spec.has_success:
-                self._success[row] = info["is_success"]
+        if len(chosen):
+            steps = self._steps[chosen]
+            self._actions[chosen, steps] = commands
+            self._steps[chosen] = steps = steps + 1
+            late = steps >= self.spec.max_episode_steps
+            found = self._stepper(chosen, commands)
+            self._obs[chosen] = found.obs
+            self._reward[chosen] = found.reward
+            self._terminated[chosen] = found.terminated
+            self._truncated[chosen] = found.truncated | late
+            self._success[chosen] = found.success
         return StepResult(
             *(
                 torch.from_numpy(buffer.copy())
@@ -260,6 +264,11 @@ def score(env_id: str, episode_return: float) -> float | None:
         return None
     low, high = reference
     return 100.0 * (episode_return - low) / (high - low)
+
+
+def data_note(env_id: str) -> str | None:
+    """What differs between this environment and the one that D4RL recorded, for its data and its scores."""
+    return mujoco.DATA_NOTES.get(env_id)
 
 
 def success_at_end(env_id: str, last_reward: float, terminated: bool) -> bool | None:

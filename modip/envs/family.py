@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -59,6 +59,14 @@ class Adapter(gymnasium.Wrapper[Array, Array, Any, Any]):
         """Reward as this family defines it, and success so far."""
         return reward, False
 
+    def restore(self, obs: Array) -> str | None:
+        """Puts the simulator, whatever it did before, into the state that an observation (Do,) shows.
+
+        The place of what is not observed and has no effect (how far a robot has run) is free. Gives None, or
+        why it cannot be done.
+        """
+        return "the observation does not determine the simulator's state"
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
@@ -75,6 +83,37 @@ class Adapter(gymnasium.Wrapper[Array, Array, Any, Any]):
         return self.observe(raw), reward, bool(terminated), bool(truncated), info
 
 
+class Outcome(NamedTuple):
+    """What n environments answered to one step each."""
+
+    obs: Array  # (n, Do)
+    reward: NDArray[np.float64]  # (n,)
+    terminated: NDArray[np.bool_]  # (n,)
+    truncated: NDArray[np.bool_]  # (n,) by more than the time limit
+    success: NDArray[np.bool_]  # (n,) of the episode so far
+
+
+Stepper = Callable[[NDArray[np.int64], Array], Outcome]
+"""Steps the environments `rows` (n,), n > 0, with actions (n, Da), clipped to [-1, 1]."""
+
+
+def one_by_one(envs: Sequence[Adapter]) -> Stepper:
+    """Steps environments in turn."""
+
+    def step(rows: NDArray[np.int64], action: Array) -> Outcome:
+        answers = [envs[row].step(command) for row, command in zip(rows, action, strict=True)]
+        obs, reward, terminated, truncated, info = zip(*answers, strict=True)
+        return Outcome(
+            np.stack(obs),
+            np.array(reward, np.float64),
+            np.array(terminated),
+            np.array(truncated),
+            np.array([one.get("is_success", False) for one in info]),
+        )
+
+    return step
+
+
 @dataclass(frozen=True)
 class Family:
     """One family: how it is recognised and built, and what its numbers mean.
@@ -82,6 +121,7 @@ class Family:
     `success_at_end` tells success from the last reward and terminated flag of a recorded
     episode; None where a recording does not show it. `mirror` has the sign of each number of an
     observation and of an action in the mirror image of an episode, where that is an episode too.
+    `stepper` gives what steps several of its environments.
     """
 
     matches: Callable[[str], bool]
@@ -90,6 +130,7 @@ class Family:
     reward_note: str
     success_at_end: Callable[[float, bool], bool] | None
     mirror: tuple[int, ...] | None = None
+    stepper: Callable[[Sequence[Adapter]], Stepper] = one_by_one
 
 
 def versions(packages: tuple[str, ...]) -> str:

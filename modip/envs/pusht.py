@@ -104,6 +104,9 @@ class _PushTAdapter(Adapter):
         way = turned(REACH * action[None].astype(np.float64), self._state[4:])[0]
         return np.clip(self._state[:2] + way, 0.0, ARENA)
 
+    def restore(self, obs: Array) -> str | None:
+        return "the agent's velocity is not observed"
+
     def outcome(self, reward: float, terminated: bool, info: dict[str, Any]) -> tuple[float, bool]:
         return reward, reached(reward, terminated)
 

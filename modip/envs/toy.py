@@ -43,6 +43,10 @@ class ToyEnv(gymnasium.Env[Array, Array]):
         reward = 1.0 - float(np.linalg.norm(self._state[:2] - self._state[2:]))
         return self._state.astype(np.float32), reward, False, False, {}
 
+    def place(self, obs: Array) -> None:
+        """Sets point and goal as observed (4,)."""
+        self._state = obs.astype(np.float64)
+
     def render(self) -> NDArray[np.uint8]:
         """A 128 x 128 picture: the goal green, the point blue."""
         frame = np.full((128, 128, 3), 255, np.uint8)
@@ -58,6 +62,11 @@ class ToyEnv(gymnasium.Env[Array, Array]):
 class _ToyAdapter(Adapter):
     def outcome(self, reward: float, terminated: bool, info: dict[str, Any]) -> tuple[float, bool]:
         return reward, at_goal(reward, terminated)
+
+    def restore(self, obs: Array) -> str | None:
+        raw: Any = self.unwrapped
+        raw.place(obs)
+        return None
 
 
 def at_goal(reward: float, terminated: bool) -> bool:

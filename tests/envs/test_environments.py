@@ -312,6 +312,9 @@ def test_scores_are_d4rls() -> None:
     assert envs.score("Hopper-v5", 1535.0) == pytest.approx(47.8, abs=0.1)
     for other in ("Ant-v5", "FetchPickAndPlace-v4", "modip/Toy-v0", "Hopper-Mine-v0"):
         assert envs.score(other, 1.0) is None
+        assert envs.data_note(other) is None
+    assert "friction" in str(envs.data_note("Walker2d-v5"))
+    assert "friction" not in str(envs.data_note("Hopper-v5"))
 
 
 # -- PushT -------------------------------------------------------------------------------------

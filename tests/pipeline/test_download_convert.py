@@ -104,7 +104,11 @@ def test_toy_from_nothing_to_episodes(folder: Path, program: Program) -> None:
     made = episodes.read(folder / "data" / "episodes" / "toy.parquet")
     assert made.info.sha256 == record["sha256"]
     facts = json.loads((folder / "data" / "episodes" / "toy.json").read_text())
+    replayed = {name: facts.pop(name) for name in list(facts) if name.startswith("fidelity_")}
     assert facts == episodes.statistics(made.recording)
+    assert replayed["fidelity_transitions"] == 120
+    assert replayed["fidelity_obs_error_p95"] < 1e-5
+    assert "120 recorded steps replayed" in stderr
     first = raw.read_bytes()
     assert program(download, "toy")[0] == 0  # the same bytes again
     assert raw.read_bytes() == first

@@ -153,6 +153,9 @@ def write_facts(dataset: str) -> None:
             "return_mean": 9.415, "return_std": 12.78, "return_min": 0.0, "return_max": 50.0, "score_mean": None,
             "success_rate": 0.4, "terminated": 0, "length_min": 50, "length_max": 50, "obs_dim": 28,
             "action_dim": 4, "action_min": -1.0, "action_max": 1.0,
+            "fidelity_transitions": 0, "fidelity_obs_error_median": None, "fidelity_obs_error_p95": None,
+            "fidelity_reward_error_median": None, "fidelity_reward_error_p95": None,
+            "fidelity_terminated_agree": None, "fidelity_note": "200 of 200 left out: not observed",
         },
     )  # fmt: skip
 
