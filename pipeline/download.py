@@ -48,7 +48,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
             else:
                 made = toy.collect(args.dataset, source, lambda: bar.advance(1))
         episodes.write(root, made.recording)
-        found = {"root": str(root), "sha256": _sha256(root)}
+        found = {"root": str(root), "sha256": remote.file_sha256(root)}
     elif (origin := remote.local(source.path)) is not None:
         found = _local(args.dataset, origin, into)
         root = Path(found["root"])
@@ -90,7 +90,7 @@ def _local(dataset: str, origin: Path, into: Path) -> dict[str, Any]:
     if origin.is_file():
         root = into / origin.name
         write_atomically(root, lambda path: shutil.copyfile(origin, path))
-        return {"root": str(root), "sha256": _sha256(root)}
+        return {"root": str(root), "sha256": remote.file_sha256(root)}
     files = listing(origin)
     if not files:
         raise UserError(
@@ -123,11 +123,6 @@ def check_unchanged(dataset: str, root: Path, files: dict[str, str]) -> None:
                 f"{root}: {name} {what} since the data set was taken in; put it back, or take the folder as it is now "
                 f"with `dvc repro -f download@{dataset}`"
             )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Megabytes:

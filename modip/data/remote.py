@@ -80,17 +80,23 @@ def download(
     """Gets `url` as `into`/NAME, its only content: the file, or the folder of the files whose path is `wanted`.
 
     Gives its path and its sha256; of a folder, that of the sorted lines "sha256  path". Until all is there and
-    verified it lies in `scratch`, in a folder named by the sha256 of the URL. `field` (of params.yaml) names the URL
-    in messages. Raises UserError, with what has come kept for the next run, where the URL cannot be had; and where
-    a file is not the one of `checksums`.
+    verified it lies in `scratch`, in a folder named by the sha256 of the URL. What is there already and as
+    `checksums` want it is not asked for again. `field` (of params.yaml) names the URL in messages.
+
+    Raises UserError, with what has come kept for the next run, where the URL cannot be had; and where a file is not
+    the one of `checksums`.
     """
+    name = PurePosixPath(unquote(urlsplit(url).path)).name
     try:
+        kept = _kept(url, into / name, _read(checksums), wanted)
+        if kept is not None:
+            log.info("%s is here already and whole; delete it to get it again", into / name)
+            return into / name, kept
         client = Client(field, checksums, sleep)
         files = client.files(url, wanted)
         # A listing that changed is another version: nothing got before is taken for a part of it.
         version = hashlib.sha256("".join(file.version for file in files).encode()).hexdigest()
         folder = scratch / hashlib.sha256(url.encode()).hexdigest()
-        name = PurePosixPath(unquote(urlsplit(url).path)).name
         single = files[0].url == url
         with _locked(folder.with_suffix(".lock"), f"another process gets {url}"):
             root = folder / version / name
@@ -117,6 +123,12 @@ def download(
             "writable, then run again: what has come is kept"
         ) from problem
     return into / name, sums[name] if single else folder_sha256(sums)
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_sha256(sums: Mapping[str, str]) -> str:
@@ -446,6 +458,26 @@ def _check_space(folder: Path, needed: int, url: str) -> None:
             f"{url}: {needed / 1e6:.0f} MB more are needed, {free / 1e6:.0f} MB are free on the disk of {folder}; "
             "free disk space, then run again"
         )
+
+
+def _kept(
+    url: str, root: Path, known: Mapping[str, str], wanted: Callable[[str], bool]
+) -> str | None:
+    """The sha256 of what an earlier run got, if it is all that `known` has for this URL, and unchanged."""
+    if root.is_file():
+        sha256 = file_sha256(root)
+        return sha256 if known.get(url) == sha256 else None
+    prefix = url.rstrip("/") + "/"
+    told = {
+        name.removeprefix(prefix): sha256
+        for name, sha256 in known.items()
+        if name.startswith(prefix) and wanted(name.removeprefix(prefix))
+    }
+    files = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
+    same = files.keys() == told.keys() and all(
+        file_sha256(files[name]) == told[name] for name in told
+    )
+    return folder_sha256(told) if told and same else None
 
 
 def _size(path: Path) -> int:

@@ -303,6 +303,20 @@ def test_a_file_that_has_changed_upstream(host: Host, get: Get) -> None:
     assert get(url) == OTHER
 
 
+def test_what_is_there_and_whole_is_not_asked_for(host: Host, get: Get) -> None:
+    url = f"{host.url}/sets/hopper.hdf5"
+    assert get(url) == BODY
+    host.seen = []
+    assert get(url) == BODY
+    assert host.seen == []
+    (get.into / "hopper.hdf5").write_bytes(OTHER)
+    assert get(url) == BODY
+    assert len(host.seen) == 1
+    get.checksums.write_text("{}")  # nothing to judge it by
+    assert get(url) == BODY
+    assert len(host.seen) == 2
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_broken_file_of_checksums(host: Host, get: Get, text: str) -> None:
     get.checksums.write_text(text)
@@ -444,6 +458,24 @@ def test_a_folder_of_a_repository(hf: Host, get: Get, folder: str) -> None:
     whole = sum(map(len, FILES.values()))
     assert get.progress[-1] == (whole, whole)
     assert get.progress == sorted(get.progress)
+
+
+def test_a_folder_that_is_there_and_whole_is_not_asked_for(hf: Host, get: Get) -> None:
+    first = get.fetch("hf://me/set/v1.5/lift")
+    hf.seen = []
+    assert get.fetch("hf://me/set/v1.5/lift") == first
+    assert hf.seen == []
+    root = first[0]
+    for spoil in (
+        (root / "README.md").unlink,
+        (root / "new").touch,
+        lambda: (root / "meta" / "info.json").write_text("{!"),
+    ):
+        spoil()
+        hf.seen = []
+        assert get.fetch("hf://me/set/v1.5/lift") == first
+        assert hf.seen != []
+        check(get, *first, list(FILES))
 
 
 def test_a_choice_of_its_files_resumes(hf: Host, get: Get) -> None:

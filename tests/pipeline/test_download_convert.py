@@ -199,6 +199,9 @@ def test_a_download_under_a_nested_id(folder: Path, program: Program, host: Host
     made = episodes.read(folder / "data" / "episodes" / "d4rl" / "hopper-medium-v2.parquet")
     assert made.info.sha256 == sha256
     host.files = {"/v2/hopper.parquet": b"another"}
+    status, stderr = program(download, "d4rl/hopper-medium-v2")  # here and whole: not asked for
+    assert status == 0, stderr
+    shutil.rmtree(folder / "data" / "raw")
     line = error_line(*program(download, "d4rl/hopper-medium-v2"))
     assert "changed upstream" in line
     assert "data/checksums.json" in line
