@@ -44,6 +44,8 @@ class Host:
     weak: bool = False
     dated: bool = False
     if_range: bool = True
+    bare: bool = False  # a 206 says nothing of the version
+    piece: int | None = None  # the most bytes of a 206
     ranges: bool = True
     chunked: bool = False
     seen: list[Seen] = field(default_factory=list)
@@ -89,7 +91,8 @@ def serving(host: Host) -> Iterator[Host]:
                 self.end_headers()
                 return
             validators = host.validators(body)
-            same = self.headers.get("If-Range") in (None, *validators.values())
+            strong = [value for value in validators.values() if not value.startswith("W/")]
+            same = self.headers.get("If-Range") in (None, *strong)
             start, status = 0, 200
             if asked and host.ranges and (same or not host.if_range):
                 match = re.fullmatch(r"bytes=(\d+)-", asked)
@@ -97,9 +100,12 @@ def serving(host: Host) -> Iterator[Host]:
                 start, status = int(match[1]), 206
                 if start >= len(body):
                     status = 416
-            part = b"" if status == 416 else body[start:][: fault.after]
+            end = min(len(body), start + host.piece) if status == 206 and host.piece else len(body)
+            part = b"" if status == 416 else body[start:end][: fault.after]
             host.seen.append(Seen(self.path, asked, status, len(part)))
             self.send_response(status)
+            if status == 206 and host.bare:
+                validators = {}
             for name, value in {**validators, **host.headers.get(self.path, {})}.items():
                 self.send_header(name, value)
             if status == 416:
@@ -108,9 +114,9 @@ def serving(host: Host) -> Iterator[Host]:
             elif host.chunked:
                 self.send_header("Transfer-Encoding", "chunked")
             else:
-                self.send_header("Content-Length", str(len(body) - start))
+                self.send_header("Content-Length", str(end - start))
             if status == 206:
-                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(body)}")
             self.end_headers()
             if host.chunked and part:
                 self.wfile.write(b"%x\r\n" % len(part) + part + b"\r\n")

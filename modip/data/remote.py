@@ -243,7 +243,7 @@ class Client:
                 if known is not None and file.sha256 not in (None, known):
                     raise _changed(file.url, known, str(file.sha256), self._checksums)
                 self._insist(
-                    file.url, lambda: self._attempt(file, part, progress), lambda: part.reached
+                    file.url, lambda: self._attempt(file, part, progress), lambda: part.size
                 )
         finally:
             part.close()
@@ -276,7 +276,7 @@ class Client:
                 part.restart(version)
             _check_space(part.path.parent, (total or 0) - part.size, file.url)
             progress(part.size, total)
-            # read1 gives what has come: `iter_content` would lose up to a block when the connection drops
+            # read1 gives what has come; `read` would lose up to a block when the connection is reset or silent
             while block := response.raw.read1(BLOCK, decode_content=False):
                 part.append(block)
                 progress(part.size, total)
@@ -355,11 +355,9 @@ class _Part:
             with contextlib.suppress(FileNotFoundError):
                 self.validator = self._told.read_text() or None
         self._file = target.open("rb+") if self.complete else self.path.open("ab+")
-        if not self.complete and self.validator is None:
-            self._file.truncate(0)
         self._file.seek(0)
         self._sum = hashlib.file_digest(self._file, "sha256")
-        self.size = self.reached = self._file.tell()  # `reached` is the largest size there ever was
+        self.size = self._file.tell()
 
     @property
     def sha256(self) -> str:
@@ -377,7 +375,6 @@ class _Part:
         self._file.write(block)
         self._sum.update(block)
         self.size += len(block)
-        self.reached = max(self.reached, self.size)
 
     def close(self) -> None:
         """Also after a failure: what has come stays on the disk."""

@@ -151,17 +151,24 @@ def test_without_a_validator_nothing_is_resumed(host: Host, get: Get) -> None:
     assert [request.range for request in host.seen] == [None, None]
 
 
-@pytest.mark.parametrize("if_range", [True, False])
+@pytest.mark.parametrize(("if_range", "bare"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("other", [OTHER, BODY[:100_000], BODY[:-1] + b"!"])
 def test_a_file_that_changes_between_two_runs(
-    host: Host, get: Get, if_range: bool, other: bytes
+    host: Host, get: Get, if_range: bool, bare: bool, other: bytes
 ) -> None:
     """Also by a server that ignores If-Range, where the new file is shorter than the part, or as long as the old."""
     url = f"{host.url}/sets/hopper.hdf5"
     host.faults = [Fault(after=300_000), *(Fault(status=503) for _ in range(9))]
     get.fails(url)
-    host.if_range, host.faults, host.files = if_range, [], {"/sets/hopper.hdf5": other}
+    host.if_range, host.bare = if_range, bare
+    host.faults, host.files = [], {"/sets/hopper.hdf5": other}
     assert get(url) == other
+
+
+def test_a_server_that_gives_ranges_in_pieces(host: Host, get: Get) -> None:
+    host.faults, host.piece, host.bare = [Fault(after=300_000)], 150_000, True
+    assert get(f"{host.url}/sets/hopper.hdf5") == BODY
+    assert [request.sent for request in host.seen] == [300_000, 150_000, 150_000, 100_001]
 
 
 def test_a_part_that_is_complete(host: Host, get: Get) -> None:
@@ -261,7 +268,7 @@ def test_a_server_that_falls_silent(host: Host, get: Get, monkeypatch: pytest.Mo
         for fault in silent:
             assert fault.hold is not None
             fault.hold.set()
-    assert len(get.pauses) == 2
+    assert [request.range for request in host.seen] == [None, *["bytes=200000-"] * 2]
 
 
 def test_redirects(host: Host, get: Get) -> None:
@@ -491,18 +498,17 @@ def test_a_choice_of_its_files_resumes(hf: Host, get: Get) -> None:
     assert [request.sent for request in files] == [len(FILES[second]) - 100_000, len(FILES[third])]
 
 
-def test_a_repository_that_changes_between_two_runs(hf: Host, get: Get) -> None:
-    get.wanted = lerobot
+def test_a_repository_that_changes_between_two_runs(
+    hf: Host, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was already here, without a sum in the listing, is got again."""
     hf.faults = [*[Fault()] * 4, Fault(after=100_000), *[Fault(status=503)] * 9]
     get.fails("hf://me/set/v1.5/lift")
+    assert "README.md" in get.left
     hf.faults = []
-    FILES["meta/info.json"] = b"{ }"
-    try:
-        hub(hf)
-        root, sha256 = get.fetch("hf://me/set/v1.5/lift")
-        check(get, root, sha256, [name for name in FILES if lerobot(name)])
-    finally:
-        FILES["meta/info.json"] = b"{}"
+    monkeypatch.setitem(FILES, "README.md", b"# SET")
+    hub(hf)
+    check(get, *get.fetch("hf://me/set/v1.5/lift"), list(FILES))
 
 
 def test_lfs_sums_are_checked(hf: Host, get: Get) -> None:
