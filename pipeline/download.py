@@ -87,6 +87,7 @@ def _local(dataset: str, origin: Path, into: Path) -> dict[str, Any]:
             origin,
             dataset,
         )
+    shutil.rmtree(into, ignore_errors=True)
     if origin.is_file():
         root = into / origin.name
         write_atomically(root, lambda path: shutil.copyfile(origin, path))

@@ -252,6 +252,11 @@ def test_a_local_file_keeps_its_name(folder: Path, program: Program) -> None:
         assert "a change there will not be seen" in " ".join(stderr.split())
         assert told(folder, "mine")["root"] == "data/raw/mine/my hopper.parquet"
         assert program(convert, "mine")[0] == 0
+    (folder / "my hopper.parquet").rename(folder / "other.parquet")
+    entry(folder, "mine", "other.parquet")
+    assert program(download, "mine")[0] == 0
+    names = sorted(path.name for path in (folder / "data" / "raw" / "mine").iterdir())
+    assert names == ["other.parquet", "source.json"]
     shutil.copy(HOPPER, folder / "source.json")
     entry(folder, "mine", "source.json")
     assert "source.json" in error_line(*program(download, "mine"))
