@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,6 +22,8 @@ from ruamel.yaml.error import YAMLError
 from modip.data.sources import SourceConfig
 from modip.errors import UserError
 
+DATASET = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
+"""An id of a data set. No dot: DVC takes it for the next level of params.yaml."""
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -367,6 +370,17 @@ def build(tree: dict[str, Any], path: Path) -> Params:
             )
     if not isinstance(tree["data"], dict):
         raise UserError(f"{path}: data must map data set ids to their sources")
+    for dataset in map(str, tree["data"]):
+        if not DATASET.fullmatch(dataset):
+            raise UserError(
+                f"{path}: data: the id {dataset!r} names folders, stages and keys: use letters, digits, - and _, "
+                "in parts separated by /"
+            )
+        inside = [other for other in map(str, tree["data"]) if other.startswith(f"{dataset}/")]
+        if inside:
+            raise UserError(
+                f"{path}: data: the files of {inside[0]!r} would lie among those of {dataset!r}; rename one of them"
+            )
     for name in SECTIONS:
         section = tree[name]
         if not isinstance(section, dict) or set(section) != {"base", "by_dataset"}:

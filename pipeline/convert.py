@@ -21,7 +21,7 @@ from modip.data.episodes import Recording
 from modip.errors import UserError
 from modip.files import write_json
 from pipeline import stage
-from pipeline.download import RAW
+from pipeline.download import RAW, check_unchanged
 
 log = logging.getLogger(__name__)
 EPISODES = Path("data/episodes")
@@ -43,6 +43,8 @@ def body(args: argparse.Namespace, params: Params) -> None:
         raise UserError(f"{record}: no such file; run pipeline.download first (or `dvc repro`)")
     told = json.loads(record.read_text())
     root, sha256 = Path(told["root"]), told["sha256"]
+    if "files" in told:
+        check_unchanged(args.dataset, root, told["files"])
     if source.source in CONVERTERS:
         found = CONVERTERS[source.source](args.dataset, source, root, sha256)
     else:

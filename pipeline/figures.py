@@ -85,7 +85,10 @@ def _drawing(path: Path, xlabel: str, ylabel: str, width: float) -> Iterator[tup
     """Axes to draw on, `width` inches wide; afterwards the PNG is at `path` and the SVG in the plot."""
     alt = f"{ylabel} against {xlabel}"
     plot = Plot(alt, "")
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": path.stem}):
+    path.parent.mkdir(
+        parents=True, exist_ok=True
+    )  # an id like d4rl/hopper-medium-v2 names a folder
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": str(path)}):
         figure = Figure(figsize=(width, 3.4), layout="constrained")
         axes = figure.add_subplot()
         axes.set_xlabel(xlabel)

@@ -124,10 +124,10 @@ def device(runtime: RuntimeConfig) -> torch.device:
 class Bar:
     """Progress with rate and time left: a bar on a terminal, otherwise a log line every ten seconds.
 
-    `done` counts what an earlier, killed run did; the rate is this run's alone.
+    `done` counts what an earlier, killed run did; the rate is this run's alone. `total` is None where nobody knows.
     """
 
-    def __init__(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
+    def __init__(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
         self._first = self._done = done
         self._start = self._said = time.monotonic()
@@ -158,7 +158,7 @@ class Bar:
         """Rate and time left."""
         seconds = time.monotonic() - self._start
         rate = (self._done - self._first) / max(seconds, 1e-9)
-        if rate == 0 or self._done >= self.total:
+        if rate == 0 or self.total is None or self._done >= self.total:
             return f"{rate:.3g} {self.unit}/s"
         left = timedelta(seconds=round((self.total - self._done) / rate))
         return f"{rate:.3g} {self.unit}/s, {left} left"
@@ -166,9 +166,8 @@ class Bar:
     def _say(self) -> None:
         self._said = time.monotonic()
         note = f", {self._note}" if self._note else ""
-        log.info(
-            "%s %d/%d %s, %s%s", self.title, self._done, self.total, self.unit, self.pace(), note
-        )
+        total = "?" if self.total is None else self.total
+        log.info("%s %d/%s %s, %s%s", self.title, self._done, total, self.unit, self.pace(), note)
 
     def __enter__(self) -> Self:
         if self._rich is not None:

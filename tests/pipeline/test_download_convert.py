@@ -11,6 +11,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +22,14 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from modip.data import episodes
+from modip.config import SECTIONS
+from modip.data import episodes, parquet
+from modip.data.episodes import Recording
 from pipeline import convert, download, stage
+from tests.web import Fault, Host, serving
 
 ROOT = Path(__file__).parents[2]
+HOPPER = ROOT / "data" / "samples" / "hopper_surrogate_medium.parquet"
 
 
 @pytest.fixture
@@ -145,7 +151,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(
     folder: Path, program: Program
 ) -> None:
     for module, target in (
-        (download, "raw/pusht-human/source.parquet"),
+        (download, "raw/pusht-human/pusht_human_state.parquet"),
         (convert, "episodes/pusht-human.parquet"),
     ):
         with largest_file(50_000):
@@ -155,6 +161,155 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(
         assert not (folder / "data" / target).exists()
         assert list((folder / "data" / target).parent.iterdir()) == []
         assert program(module, "pusht-human")[0] == 0
+
+
+def entry(folder: Path, dataset: str, path: str) -> None:
+    """A data set of the Hopper sample's kind under another id."""
+    yaml = YAML()
+    tree = yaml.load(folder / "params.yaml")
+    tree["data"][dataset] = {"source": "parquet", "env": "Hopper-v5", "path": path}
+    for name in SECTIONS:
+        tree[name]["by_dataset"][dataset] = {}
+    yaml.dump(tree, folder / "params.yaml")
+
+
+def told(folder: Path, dataset: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(
+        (folder / "data" / "raw" / dataset / "source.json").read_text()
+    )
+    return record
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving(Host({"/v2/hopper.parquet": HOPPER.read_bytes()})) as made:
+        yield made
+
+
+def test_a_download_under_a_nested_id(folder: Path, program: Program, host: Host) -> None:
+    url = f"{host.url}/v2/hopper.parquet"
+    entry(folder, "d4rl/hopper-medium-v2", url)
+    status, stderr = program(download, "d4rl/hopper-medium-v2")
+    assert status == 0, stderr
+    assert "d4rl/hopper-medium-v2: download 5/5 MB" in stderr
+    record = told(folder, "d4rl/hopper-medium-v2")
+    assert record["root"] == "data/raw/d4rl/hopper-medium-v2/hopper.parquet"
+    sha256 = hashlib.sha256(HOPPER.read_bytes()).hexdigest()
+    assert record["sha256"] == sha256
+    assert json.loads((folder / "data" / "checksums.json").read_text()) == {url: sha256}
+    status, stderr = program(convert, "d4rl/hopper-medium-v2")
+    assert status == 0, stderr
+    made = episodes.read(folder / "data" / "episodes" / "d4rl" / "hopper-medium-v2.parquet")
+    assert made.info.sha256 == sha256
+    host.files = {"/v2/hopper.parquet": b"another"}
+    status, stderr = program(download, "d4rl/hopper-medium-v2")  # here and whole: not asked for
+    assert status == 0, stderr
+    shutil.rmtree(folder / "data" / "raw")
+    line = error_line(*program(download, "d4rl/hopper-medium-v2"))
+    assert "changed upstream" in line
+    assert "data/checksums.json" in line
+
+
+def test_no_network_is_one_line(folder: Path, program: Program, host: Host) -> None:
+    entry(folder, "far", f"{host.url}/v1/hopper.parquet")
+    line = error_line(*program(download, "far"))
+    assert "data.far.path in params.yaml" in line
+    assert not (folder / "data" / "raw" / "far").exists()
+
+
+def test_a_killed_download_goes_on(folder: Path, program: Program, host: Host) -> None:
+    size = len(HOPPER.read_bytes())
+    entry(folder, "far", f"{host.url}/v2/hopper.parquet")
+    host.faults = [Fault(after=size // 2, hold=threading.Event())]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.download", "--dataset", "far"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert host.reached.wait(60)
+        scratch = folder / "scratch" / "downloads"
+        while sum(part.stat().st_size for part in scratch.rglob("*.part")) < size // 2 - 8192:
+            time.sleep(0.01)
+    finally:
+        running.kill()
+        running.wait()
+        assert host.faults == []
+    kept = sum(part.stat().st_size for part in scratch.rglob("*.part"))
+    assert not (folder / "data" / "raw" / "far").exists()
+    status, stderr = program(download, "far")
+    assert status == 0, stderr
+    assert host.seen[-1].range == f"bytes={kept}-"
+    assert host.seen[-1].sent == size - kept
+    assert (folder / "data/raw/far/hopper.parquet").read_bytes() == HOPPER.read_bytes()
+    assert [path for path in scratch.rglob("*") if path.suffix != ".lock"] == []
+
+
+def test_a_local_file_keeps_its_name(folder: Path, program: Program) -> None:
+    shutil.copy(HOPPER, folder / "my hopper.parquet")
+    for path in ("my hopper.parquet", f"{folder.as_uri()}/my%20hopper.parquet"):
+        entry(folder, "mine", path)
+        status, stderr = program(download, "mine")
+        assert status == 0, stderr
+        assert "a change there will not be seen" in " ".join(stderr.split())
+        assert told(folder, "mine")["root"] == "data/raw/mine/my hopper.parquet"
+        assert program(convert, "mine")[0] == 0
+    (folder / "my hopper.parquet").rename(folder / "other.parquet")
+    entry(folder, "mine", "other.parquet")
+    assert program(download, "mine")[0] == 0
+    names = sorted(path.name for path in (folder / "data" / "raw" / "mine").iterdir())
+    assert names == ["other.parquet", "source.json"]
+    shutil.copy(HOPPER, folder / "source.json")
+    entry(folder, "mine", "source.json")
+    assert "source.json" in error_line(*program(download, "mine"))
+
+
+def test_a_local_folder_is_read_in_place(
+    folder: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = folder / "recorded"
+    (own / "b").mkdir(parents=True)
+    shutil.copy(HOPPER, own / "b" / "rows.parquet")
+    (own / "a.txt").write_text("one")
+    entry(folder, "mine", "recorded")
+    status, stderr = program(download, "mine")
+    assert status == 0, stderr
+    record = told(folder, "mine")
+    facts = (own / "a.txt").stat()
+    assert record["root"] == "recorded"
+    assert list(record["files"]) == ["a.txt", "b/rows.parquet"]
+    assert record["files"]["a.txt"] == f"3 {facts.st_mtime_ns}"
+    assert [path.name for path in (folder / "data" / "raw" / "mine").iterdir()] == ["source.json"]
+
+    def rows(dataset: str, config: Any, root: Path, sha256: str) -> Recording:
+        assert (str(root), sha256) == ("recorded", record["sha256"])
+        return parquet.convert(dataset, config, root / "b" / "rows.parquet", sha256)
+
+    monkeypatch.setitem(convert.CONVERTERS, "parquet", rows)
+    assert program(convert, "mine")[0] == 0
+    for change_it, undo, what in (
+        (lambda: (own / "a.txt").write_text("three"), lambda: (own / "a.txt").write_text("one"), "a.txt has changed"),
+        (lambda: (own / "c").touch(), lambda: (own / "c").unlink(), "c is new"),
+        (lambda: (own / "a.txt").rename(folder / "a"), lambda: (folder / "a").rename(own / "a.txt"), "a.txt is gone"),
+    ):  # fmt: skip
+        change_it()
+        line = error_line(*program(convert, "mine"))
+        assert f"recorded: {what}" in line
+        assert "dvc repro -f download@mine" in line
+        undo()
+        os.utime(own / "a.txt", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        assert program(convert, "mine")[0] == 0
+    (folder / "empty").mkdir()
+    entry(folder, "mine", "empty")
+    assert "empty" in error_line(*program(download, "mine"))
+
+
+@pytest.mark.parametrize("dataset", ["a.b", "../x", "/x", "x/", "a b", "toy/small", ""])
+def test_ids_that_cannot_name_a_folder(folder: Path, program: Program, dataset: str) -> None:
+    entry(folder, dataset, "data/samples/hopper_surrogate_medium.parquet")
+    assert repr(dataset) in error_line(*program(download, "toy"))
 
 
 def test_as_a_program(folder: Path) -> None:

@@ -143,3 +143,18 @@ def test_on_a_terminal_it_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(
         text in screen.getvalue() for text in ("pretrain bc", "10/10", "updates/s", "loss 0.1")
     )
+
+
+def test_a_total_that_nobody_knows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    screen = io.StringIO()
+    for terminal in (False, True):
+        monkeypatch.setattr(
+            stage, "console", Console(file=screen, force_terminal=terminal, width=120)
+        )
+        with caplog.at_level(logging.INFO), stage.Bar("download", None, "MB") as bar:
+            bar.advance(7)
+    assert caplog.messages[0].startswith("download 7/? MB, ")
+    assert "left" not in caplog.messages[0] + screen.getvalue()
+    assert "7/?" in screen.getvalue()
