@@ -50,6 +50,14 @@ class ParquetSource(_Recorded):
     source: Literal["parquet"] = Field(description="a Parquet file in the episode schema")
 
 
+class RobomimicSource(_Recorded):
+    """A low-dimensional RoboMimic file (HDF5) of the v1.5 release."""
+
+    source: Literal["robomimic"] = Field(description="a RoboMimic low_dim file")
+    filter_key: str = Field(description='only the demonstrations in mask/<filter key>; "" for all')
+
+
 SourceConfig = Annotated[
-    FetchSource | ToySource | PushTSource | ParquetSource, Field(discriminator="source")
+    FetchSource | ToySource | PushTSource | ParquetSource | RobomimicSource,
+    Field(discriminator="source"),
 ]

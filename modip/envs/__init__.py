@@ -21,12 +21,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modip.envs import custom, fetch, mujoco, pusht, toy
+from modip.envs import custom, fetch, mujoco, pusht, robosuite, toy
 from modip.envs.family import Adapter, Family, versions
 from modip.errors import UserError
 
 # The first family that recognises an id owns it; custom takes what is left.
-FAMILIES = (toy.FAMILY, fetch.FAMILY, mujoco.FAMILY, pusht.FAMILY, custom.FAMILY)
+FAMILIES = (
+    toy.FAMILY,
+    fetch.FAMILY,
+    mujoco.FAMILY,
+    pusht.FAMILY,
+    robosuite.FAMILY,
+    robosuite.DENSE_FAMILY,
+    custom.FAMILY,
+)
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ def make(env_id: str, render_mode: str | None = None) -> Adapter:
         return family(env_id).make(env_id, render_mode)
     except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as problem:
         fetch.register()
-        known = [toy.ENV_ID, pusht.ENV_ID, *gymnasium.registry]
+        known = [toy.ENV_ID, pusht.ENV_ID, *robosuite.TASKS, *gymnasium.registry]
         close = difflib.get_close_matches(env_id, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else f"for example {toy.ENV_ID}"
         raise UserError(
