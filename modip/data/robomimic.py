@@ -108,9 +108,9 @@ def samples(config: RobomimicSource, root: Path, count: int, seed: int) -> Itera
                 )
                 yield Sample(
                     place,
-                    obs[row].astype(np.float32),
+                    obs[row],
                     action[row].astype(np.float32),
-                    obs[row + 1].astype(np.float32),
+                    obs[row + 1],
                 )
             left -= len(rows)
             if not left:
@@ -127,7 +127,7 @@ def _rows(config: RobomimicSource, root: Path, task: Task, names: list[str]) -> 
             length = int(solved[0]) + 1 if ended else len(reward)
             last = np.arange(length) == length - 1
             yield Rows(
-                demo.observation()[:length].astype(np.float32),
+                demo.observation()[:length],
                 demo.array("actions", 2)[:length].astype(np.float32),
                 reward[:length].astype(np.float32),
                 last & ended,
@@ -145,34 +145,41 @@ class _Demonstration:
 
     def attribute(self, name: str) -> Any:
         """An attribute of the demonstration."""
-        if name not in self._group.attrs:
-            raise UserError(f"{self._origin} has no attribute {name}; download the file again")
-        return self._group.attrs[name]
+        try:
+            return self._group.attrs[name]
+        except KeyError as problem:
+            raise UserError(
+                f"{self._origin} has no attribute {name}; download the file again"
+            ) from problem
 
     def array(self, key: str, dimensions: int) -> NDArray[Any]:
         """All rows of an array: (N,) or (N, width)."""
-        item = self._group.get(key)
-        if not isinstance(item, h5py.Dataset):
+        try:  # HDF5's own calls: of small arrays, h5py's objects cost three times the reading
+            item = h5py.h5d.open(self._group.id, key.encode())
+        except (KeyError, ValueError) as problem:
             raise UserError(
                 f"{self._origin}/{key} is missing; RoboMimic's low_dim files have it, its raw "
                 "files (demo_v15.hdf5) have no obs and rewards: give a low_dim file"
-            )
-        if item.ndim != dimensions or len(item) != self._length or item.dtype.kind not in "fiub":
+            ) from problem
+        shape, kind = item.shape, item.dtype
+        if len(shape) != dimensions or shape[0] != self._length or kind.kind not in "fiub":
             raise UserError(
-                f"{self._origin}/{key} has shape {item.shape} of {item.dtype}; num_samples is "
+                f"{self._origin}/{key} has shape {shape} of {kind}; num_samples is "
                 f"{self._length}: it must be numbers, {dimensions}-dimensional, of that length"
             )
         if self._length == 0:
             raise UserError(
                 f"{self._origin} has no rows; remove it, or name others by a filter key"
             )
-        rows: NDArray[Any] = item[()]
+        rows = np.empty(shape, kind)
+        item.read(h5py.h5s.ALL, h5py.h5s.ALL, rows)
         return rows
 
-    def observation(self) -> NDArray[Any]:
+    def observation(self) -> Array:
         """(N, Do) in the order of the environment."""
         keys = self._task.obs_keys("object")
-        return np.concatenate([self.array(f"obs/{key}", 2) for key in keys], axis=1)
+        parts = [self.array(f"obs/{key}", 2) for key in keys]
+        return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
 @contextlib.contextmanager
@@ -223,8 +230,8 @@ def _check_environment(file: h5py.File, config: RobomimicSource, task: Task) -> 
     try:
         told = json.loads(file["data"].attrs["env_args"])
         name, kwargs = told["env_name"], told["env_kwargs"]
-        version = told.get("env_version", "older than 1.4")
-        controller = dict(kwargs["controller_configs"])
+        version = str(told.get("env_version", "older than 1.4"))
+        settings = _settings(kwargs)
     except (KeyError, TypeError, AttributeError, ValueError) as problem:
         raise UserError(
             f"{config.path}: the attribute env_args of data does not describe an environment "
@@ -248,16 +255,12 @@ def _check_environment(file: h5py.File, config: RobomimicSource, task: Task) -> 
             f"{config.path}: recorded in robosuite {version}, but robosuite {installed} is "
             "installed; `make robosuite` gives an environment with the right one"
         )
-    parts = controller.get("body_parts", {})
-    arm = {RENAMED.get(key, key): value for key, value in parts.get("right", controller).items()}
-    if isinstance(arm.get("input_type"), bool):
-        arm["input_type"] = "delta" if arm["input_type"] else "absolute"
     wanted = {
         "control_freq": robosuite.CONTROL_HZ,
         "reward_shaping": task.dense,
         **robosuite.CONTROLLER,
     }
-    for key, value in {**kwargs, **arm}.items():
+    for key, value in settings:
         if key in wanted and value != wanted[key]:
             raise UserError(
                 f"{config.path}: recorded with {key} {value}, but {config.env} has {wanted[key]}; "
@@ -267,4 +270,18 @@ def _check_environment(file: h5py.File, config: RobomimicSource, task: Task) -> 
                     else "give a file with RoboMimic's own settings"
                 )
             )
-    return str(version)
+    return version
+
+
+def _settings(kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What robosuite was told of the environment and of every arm's controller, by today's names."""
+    given = kwargs["controller_configs"]
+    found = list(kwargs.items())
+    for controller in given if isinstance(given, list) else [given]:
+        arm = controller.get("body_parts", {}).get("right", controller)
+        for key, value in arm.items():
+            named = RENAMED.get(key, key)
+            absolute = named == "input_type" and value is False
+            delta = named == "input_type" and value is True
+            found.append((named, "absolute" if absolute else "delta" if delta else value))
+    return found
