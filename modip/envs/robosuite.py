@@ -34,6 +34,8 @@ from modip.errors import UserError
 PREFIX = "robosuite/"
 RELEASE = "1.5"
 """The release of robosuite that the ids mean: data of another do not fit."""
+UNSEEDED = ("1.5.0", "1.5.1")
+"""Versions whose placement of objects no seed of the environment reaches."""
 CONTROL_HZ = 20
 REACHED = 1.0 - 1e-4
 """From this reward on a task is solved: at most 0.7 is paid before, in the dense forms too."""
@@ -262,9 +264,9 @@ def place(
 def make(env_id: str, render_mode: str | None) -> Adapter:
     """One robosuite task. Raises UserError where robosuite is missing, or of another release."""
     what, version = task(env_id), installed()
-    if version is None or not of_release(version):
+    if version is None or not of_release(version) or version in UNSEEDED:
         raise UserError(
-            f"env {env_id}: it needs robosuite {RELEASE}, and "
+            f"env {env_id}: it needs robosuite {RELEASE}, from {RELEASE}.2 on, and "
             f"{'none' if version is None else version} is installed; `make robosuite` gives an "
             "environment with it (it is not in the default one, for it needs NumPy below 2)"
         )

@@ -9,14 +9,17 @@ from modip.envs import BatchedEnv, robosuite
 from modip.errors import UserError
 
 
-@pytest.mark.parametrize(("version", "there"), [(None, "none"), ("1.4.1", r"1\.4\.1")])
+@pytest.mark.parametrize(
+    ("version", "there"), [(None, "none"), ("1.4.1", r"1\.4\.1"), ("1.5.1", r"1\.5\.1")]
+)
 @pytest.mark.parametrize("env_id", ["robosuite/Lift", "robosuite/PickPlaceCan-dense"])
 def test_what_is_missing_is_said(
     env_id: str, version: str | None, there: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(robosuite, "installed", lambda: version)
     with pytest.raises(
-        UserError, match=rf"env {env_id}: it needs robosuite 1\.5, and {there} is.*`make robosuite`"
+        UserError,
+        match=rf"env {env_id}: it needs robosuite 1\.5, from 1\.5\.2 on, and {there} is.*`make robosuite`",
     ):
         BatchedEnv(env_id, 1)
 
