@@ -16,7 +16,7 @@ from typing import Any
 
 from modip import envs
 from modip.config import Params
-from modip.data import calvin, episodes, fidelity, lerobot, parquet, pusht
+from modip.data import calvin, episodes, fidelity, lerobot, parquet, pusht, robomimic
 from modip.data.episodes import Recording
 from modip.errors import UserError
 from modip.files import write_json
@@ -31,6 +31,7 @@ CONVERTERS: dict[str, Convert] = {
     "lerobot": lerobot.convert,
     "parquet": parquet.convert,
     "pusht": pusht.convert,
+    "robomimic": robomimic.convert,
 }
 """By the `source` of params.yaml: (data set id, its source, file or folder, sha256) to rows of the environment."""
 

@@ -75,7 +75,20 @@ class CalvinSource(_Recorded):
     )
 
 
+class RobomimicSource(_Recorded):
+    """A low-dimensional RoboMimic file (HDF5) of the v1.5 release."""
+
+    source: Literal["robomimic"] = Field(description="a RoboMimic low_dim file")
+    filter_key: str = Field(description='only the demonstrations in mask/<filter key>; "" for all')
+
+
 SourceConfig = Annotated[
-    FetchSource | ToySource | PushTSource | ParquetSource | LeRobotSource | CalvinSource,
+    FetchSource
+    | ToySource
+    | PushTSource
+    | ParquetSource
+    | LeRobotSource
+    | CalvinSource
+    | RobomimicSource,
     Field(discriminator="source"),
 ]

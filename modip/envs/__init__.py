@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modip.envs import calvin, custom, fetch, mujoco, pusht, toy
+from modip.envs import calvin, custom, fetch, mujoco, pusht, robosuite, toy
 from modip.envs.family import Adapter, Family, versions
 from modip.errors import UserError
 
@@ -33,6 +33,8 @@ FAMILIES = (
     pusht.FAMILY,
     pusht.KEYPOINTS_FAMILY,
     calvin.FAMILY,
+    robosuite.FAMILY,
+    robosuite.DENSE_FAMILY,
     custom.FAMILY,
 )
 
@@ -209,7 +211,13 @@ def make(env_id: str, render_mode: str | None = None) -> Adapter:
         return family(env_id).make(env_id, render_mode)
     except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as problem:
         fetch.register()
-        known = [toy.ENV_ID, pusht.ENV_ID, pusht.KEYPOINTS_ID, *gymnasium.registry]
+        known = [
+            toy.ENV_ID,
+            pusht.ENV_ID,
+            pusht.KEYPOINTS_ID,
+            *robosuite.TASKS,
+            *gymnasium.registry,
+        ]
         close = difflib.get_close_matches(env_id, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else f"for example {toy.ENV_ID}"
         raise UserError(
