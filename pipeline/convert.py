@@ -54,7 +54,12 @@ def body(args: argparse.Namespace, params: Params) -> None:
     target = EPISODES / f"{args.dataset}.parquet"
     episodes.write(target, found)
     facts = episodes.statistics(episodes.stream(target))
-    replayed = fidelity.sample(episodes.stream(target), facts["steps"], facts["terminated"])
+    if (
+        source.source == "robomimic"
+    ):  # its observations do not show the simulator's state, but the file has it
+        replayed = list(robomimic.samples(source, root, fidelity.STEPS))
+    else:
+        replayed = fidelity.sample(episodes.stream(target), facts["steps"], facts["terminated"])
     facts |= fidelity.one_step_error(facts["env_id"], replayed)
     write_json(target.with_suffix(".json"), facts)
     success = facts["success_rate"]

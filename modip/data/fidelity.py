@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from modip import envs
 from modip.data.episodes import Recording, Rows
 from modip.envs.family import Adapter, Array
+from modip.errors import UserError
 
 STEPS = 200
 """Steps in a sample, of any kind."""
@@ -60,15 +61,18 @@ def one_step_error(env_id: str, transitions: Sequence[Transition]) -> dict[str, 
     one-step change in the sample (a number that never changes: as it is); that of a reward is absolute. Figures are
     None where no transition gives them; the note says why some were left out.
     """
-    env = envs.make(env_id)
     replayed, obs, why = [], [], ""
     rewards, agreed = [], []
     try:
+        env = envs.make(env_id)
+    except UserError as problem:  # a simulator that is not installed: the recording can be learned from all the same
+        return _figures([], [], [], str(problem))
+    try:
         env.reset(seed=0)
         for one in transitions:
-            problem = one.restore(env)
-            if problem is not None:
-                why = problem
+            refused = one.restore(env)
+            if refused is not None:
+                why = refused
                 continue
             after, reward, terminated, _, _ = env.step(one.action)
             rewards.append(abs(reward - one.reward))
@@ -84,6 +88,13 @@ def one_step_error(env_id: str, transitions: Sequence[Transition]) -> dict[str, 
         scale = np.where(change > 1e-6, change, 1.0)
         errors = (np.abs(replayed) / scale).max(axis=1).tolist()
     left_out = len(transitions) - len(rewards)
+    note = f"{left_out} of {len(transitions)} left out: {why}" if left_out else None
+    return _figures(errors, rewards, agreed, note)
+
+
+def _figures(
+    errors: Sequence[float], rewards: Sequence[float], agreed: Sequence[bool], note: str | None
+) -> dict[str, Any]:
     return {
         "fidelity_transitions": len(rewards),
         "fidelity_obs_error_median": _percentile(errors, 50),
@@ -91,7 +102,7 @@ def one_step_error(env_id: str, transitions: Sequence[Transition]) -> dict[str, 
         "fidelity_reward_error_median": _percentile(rewards, 50),
         "fidelity_reward_error_p95": _percentile(rewards, 95),
         "fidelity_terminated_agree": float(np.mean(agreed)) if agreed else None,
-        "fidelity_note": f"{left_out} of {len(transitions)} left out: {why}" if left_out else None,
+        "fidelity_note": note,
     }
 
 

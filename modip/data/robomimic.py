@@ -17,19 +17,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from modip.data.episodes import DatasetInfo, Recording, Rows
+from modip.data.fidelity import Transition
 from modip.data.sources import RobomimicSource
 from modip.data.units import fitted
 from modip.envs import robosuite
-from modip.envs.family import Adapter, Array
+from modip.envs.family import Array
 from modip.envs.robosuite import Task
 from modip.errors import UserError
 
@@ -41,16 +42,6 @@ RENAMED = {
 """Controller settings whose name is another one since robosuite 1.5; files keep the old ones."""
 STEPS_PER_SCENE = 10
 """Recorded steps that share a scene in `samples`: to load one takes as long as some dozen steps."""
-
-
-class Sample(NamedTuple):
-    """A recorded step, and how to put an environment of its id where it began."""
-
-    place: Callable[[Adapter], Array]
-    """Sets the environment to the recorded state and gives its observation (Do,) there."""
-    obs: Array  # (Do,) as recorded before the step
-    action: Array  # (Da,)
-    next_obs: Array  # (Do,) as recorded after it
 
 
 def convert(dataset: str, config: RobomimicSource, root: Path, sha256: str) -> Recording:
@@ -82,12 +73,12 @@ def convert(dataset: str, config: RobomimicSource, root: Path, sha256: str) -> R
     return Recording(info, fitted(rows, widths, np.asarray, config.env, config.path, field))
 
 
-def samples(config: RobomimicSource, root: Path, count: int, seed: int) -> Iterator[Sample]:
-    """At most `count` recorded steps, from demonstrations drawn at random, to be taken once more.
+def samples(config: RobomimicSource, root: Path, count: int) -> Iterator[Transition]:
+    """At most `count` recorded steps, from demonstrations drawn at random, always the same, to be taken once more.
 
     Raises UserError as `convert` does, and where the file has no simulator states.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     task = robosuite.task(config.env)
     with _open(config, root) as file:
         _check_environment(file, config, task)
@@ -98,6 +89,7 @@ def samples(config: RobomimicSource, root: Path, count: int, seed: int) -> Itera
             states = demo.array("states", 2)
             model = demo.attribute("model_file")
             rows = 1 + rng.permutation(max(len(action) - 2, 0))[: min(left, STEPS_PER_SCENE)]
+            reward = demo.array("rewards", 1)
             for row in np.sort(rows):
                 place = functools.partial(
                     robosuite.place,
@@ -106,11 +98,13 @@ def samples(config: RobomimicSource, root: Path, count: int, seed: int) -> Itera
                     state=states[row],
                     past=action[:row],
                 )
-                yield Sample(
-                    place,
-                    obs[row],
-                    action[row].astype(np.float32),
-                    obs[row + 1],
+                yield Transition(
+                    restore=place,
+                    obs=obs[row],
+                    action=action[row].astype(np.float32),
+                    reward=float(reward[row]),
+                    terminated=not task.dense and bool(robosuite.reached(reward[row])),
+                    next_obs=obs[row + 1],
                 )
             left -= len(rows)
             if not left:

@@ -188,8 +188,8 @@ class RobosuiteEnv(gymnasium.Env[dict[str, Any], Array]):
 
     def place(
         self, model: str, before: NDArray[Any], state: NDArray[Any], past: NDArray[Any]
-    ) -> dict[str, Any]:
-        """Sets a recorded scene (its `model` as XML) and flattened simulator state, and observes it.
+    ) -> None:
+        """Sets a recorded scene (its `model` as XML) and flattened simulator state.
 
         `before` is the state one step earlier, of which an observation has a part, and `past`
         (n, Da) all actions so far: a gripper's command is the sum of its past ones.
@@ -200,7 +200,7 @@ class RobosuiteEnv(gymnasium.Env[dict[str, Any], Array]):
         for one in (before, state):
             self._simulation.sim.set_state_from_flattened(one)
             self._simulation.sim.forward()
-            observation = self._observation()
+            self._observation()  # what the next one has of the state before
         for arm, robot in enumerate(self._simulation.robots):
             robot.part_controllers["right"].update(force=True)  # else it acts on the last state
             gripper = robot.gripper["right"]
@@ -208,7 +208,6 @@ class RobosuiteEnv(gymnasium.Env[dict[str, Any], Array]):
             for action in past[:, 7 * arm + 6, None]:
                 gripper.format_action(action)
         self._steps = 0
-        return observation
 
     def step(self, action: Array) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         self._simulation.step(action)
@@ -250,15 +249,15 @@ class _RobosuiteAdapter(Adapter):
 
 def place(
     env: Adapter, model: str, before: NDArray[Any], state: NDArray[Any], past: NDArray[Any]
-) -> Array:
-    """Sets an environment of this family to a recorded state; gives the observation (Do,) there.
+) -> None:
+    """Sets an environment of this family to a recorded state, as `Adapter.restore` does.
 
     `model` is the scene as XML, `before` and `state` the flattened simulator states of the step before
     and of the one to set, `past` (n, Da) the actions up to it. `env.step` goes on from there.
     """
     inner = env.unwrapped
     assert isinstance(inner, RobosuiteEnv)
-    return env.observe(inner.place(model, before, state, past))
+    inner.place(model, before, state, past)
 
 
 def make(env_id: str, render_mode: str | None) -> Adapter:

@@ -352,7 +352,7 @@ def test_values_that_are_not_finite_are_refused_where_they_are_written(tmp_path:
 def test_samples_are_recorded_steps(tmp_path: Path) -> None:
     made = demonstrations({f"demo_{i}": [0.0] * n for i, n in enumerate((30, 1, 2, 3, 30))})
     path = write(tmp_path / "f.hdf5", made, env_args())
-    found = list(robomimic.samples(source(), path, 21, seed=0))
+    found = list(robomimic.samples(source(), path, 21))
     assert len(found) == 21  # 10 of each long one, 1 of the three rows, none of shorter ones
     assert len({bytes(sample.obs) for sample in found}) == 21
     everything = convert(path, source())
@@ -362,11 +362,11 @@ def test_samples_are_recorded_steps(tmp_path: Path) -> None:
         np.testing.assert_array_equal(everything.observation[row + 1], sample.next_obs)
         assert everything.step[row] > 0
         assert everything.episode_id[row] == everything.episode_id[row + 1]
-    again = list(robomimic.samples(source(), path, 21, seed=0))
+    again = list(robomimic.samples(source(), path, 21))
     assert [bytes(s.obs) for s in again] == [bytes(s.obs) for s in found]
-    assert len(list(robomimic.samples(source(), path, 5, seed=0))) == 5
+    assert len(list(robomimic.samples(source(), path, 5))) == 5
     for demo in made.values():
         del demo["states"]
     write(path, made, env_args())
     with pytest.raises(UserError, match="states is missing"):
-        list(robomimic.samples(source(), path, 5, seed=0))
+        list(robomimic.samples(source(), path, 5))

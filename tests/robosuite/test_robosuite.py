@@ -173,9 +173,11 @@ def test_recorded_steps_are_taken_again_as_they_were(recorded: RobomimicSource) 
     assert data.lengths.tolist() == [12, 12]
     env = envs.make(recorded.env)
     count = 0
-    for sample in robomimic.samples(recorded, path, 12, seed=0):
-        np.testing.assert_allclose(sample.place(env), sample.obs, atol=1e-6)
-        found = env.step(sample.action)[0]
+    for sample in robomimic.samples(recorded, path, 12):
+        assert sample.restore(env) is None
+        found, reward, terminated, *_ = env.step(sample.action)
+        assert (reward, terminated) == (sample.reward, sample.terminated)
+        assert sample.next_obs is not None
         np.testing.assert_allclose(found, sample.next_obs, atol=2e-4)
         wrong = env.step(-sample.action)[0]  # and the tolerance can tell another action
         assert np.abs(wrong - sample.next_obs).max() > 2e-3
