@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modip.config import Params
-from modip.data import episodes, parquet, pusht
+from modip.data import arrays, d4rl, episodes, minari, parquet, pusht
 from modip.data.episodes import Recording
 from modip.errors import UserError
 from modip.files import write_atomically
@@ -25,7 +25,13 @@ from pipeline.download import RAW
 log = logging.getLogger(__name__)
 EPISODES = Path("data/episodes")
 Convert = Callable[[str, Any, Path, str], Recording]
-CONVERTERS: dict[str, Convert] = {"parquet": parquet.convert, "pusht": pusht.convert}
+CONVERTERS: dict[str, Convert] = {
+    "arrays": arrays.convert,
+    "d4rl": d4rl.convert,
+    "minari": minari.convert,
+    "parquet": parquet.convert,
+    "pusht": pusht.convert,
+}
 """By the `source` of params.yaml: (data set id, its source, file or folder, sha256) to rows of the environment."""
 
 

@@ -14,24 +14,31 @@ TOLERANCE = 1e-4
 """How far rounding may carry a normalised action past its bound."""
 
 
+def check_widths(rows: Rows, env_id: str, origin: str, field: str) -> None:
+    """Raises UserError where the rows' observations or actions are not as long as the environment's."""
+    spec = envs.spec(env_id)
+    for name, width, wanted in (
+        ("observation", rows.observation.shape[1], spec.obs_dim),
+        ("action", rows.action.shape[1], spec.action_dim),
+    ):
+        if width != wanted:
+            note = envs.family(env_id).obs_note if name == "observation" else ""
+            raise UserError(
+                f"{origin}: {name} has {width} numbers, but {env_id} has {wanted}; give "
+                f"the file's own environment in params.yaml, {field}{note and f' ({note})'}"
+            )
+
+
 def normalised(rows: Iterable[Rows], env_id: str, origin: str, field: str) -> Iterator[Rows]:
     """The same rows, their actions in [-1, 1]; `origin` and `field` (of params.yaml) name them in messages.
 
     Raises UserError where widths or bounds are not the environment's.
     """
-    env, spec = envs.make(env_id), envs.spec(env_id)
+    env = envs.make(env_id)
     start = 0
     try:
         for block in rows:
-            for name, width, wanted in (
-                ("observation", block.observation.shape[1], spec.obs_dim),
-                ("action", block.action.shape[1], spec.action_dim),
-            ):
-                if width != wanted:
-                    raise UserError(
-                        f"{origin}: {name} has {width} numbers, but {env_id} has {wanted}; give "
-                        f"the file's own environment in params.yaml, {field}"
-                    )
+            check_widths(block, env_id, origin, field)
             action = env.normalised(block.action)
             outside = np.abs(action) > 1.0 + TOLERANCE
             if outside.any():

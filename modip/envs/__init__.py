@@ -21,12 +21,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modip.envs import custom, fetch, mujoco, pusht, toy
+from modip.envs import adroit, custom, fetch, kitchen, mujoco, pusht, toy
 from modip.envs.family import Adapter, Family, versions
 from modip.errors import UserError
 
 # The first family that recognises an id owns it; custom takes what is left.
-FAMILIES = (toy.FAMILY, fetch.FAMILY, mujoco.FAMILY, pusht.FAMILY, custom.FAMILY)
+FAMILIES = (
+    toy.FAMILY,
+    fetch.FAMILY,
+    mujoco.FAMILY,
+    pusht.FAMILY,
+    kitchen.FAMILY,
+    adroit.FAMILY,
+    custom.FAMILY,
+)
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ def make(env_id: str, render_mode: str | None = None) -> Adapter:
         return family(env_id).make(env_id, render_mode)
     except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as problem:
         fetch.register()
-        known = [toy.ENV_ID, pusht.ENV_ID, *gymnasium.registry]
+        known = [toy.ENV_ID, pusht.ENV_ID, *kitchen.ENV_IDS, *gymnasium.registry]
         close = difflib.get_close_matches(env_id, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else f"for example {toy.ENV_ID}"
         raise UserError(
@@ -244,11 +252,11 @@ def mirror(env_id: str) -> Tensor | None:
 def score(env_id: str, episode_return: float) -> float | None:
     """The D4RL-normalised score (0 random, 100 expert), where D4RL has a reference.
 
-    The references were measured on D4RL's environments and are applied to the v5 ones as they
-    are: always to be read beside the raw return.
+    The references were measured on D4RL's environments and are applied to today's as they are:
+    always to be read beside the raw return.
     """
-    reference = mujoco.REFERENCE_RETURNS.get(env_id.partition("-")[0])
-    if reference is None or not mujoco.FAMILY.matches(env_id):
+    reference = family(env_id).reference(env_id)
+    if reference is None:
         return None
     low, high = reference
     return 100.0 * (episode_return - low) / (high - low)
@@ -284,7 +292,8 @@ def _pictures(env_id: str) -> _Pictures:
     env = make(env_id)
     try:
         modes = env.metadata["render_modes"]
-        return _Pictures("rgb_array" in modes, hasattr(env.unwrapped, "mujoco_renderer"))
+        model = type(getattr(env.unwrapped, "model", None))
+        return _Pictures("rgb_array" in modes, model.__module__.startswith("mujoco"))
     finally:
         env.close()
 

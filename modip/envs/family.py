@@ -82,6 +82,9 @@ class Family:
     `success_at_end` tells success from the last reward and terminated flag of a recorded
     episode; None where a recording does not show it. `mirror` has the sign of each number of an
     observation and of an action in the mirror image of an episode, where that is an episode too.
+    `reference` gives D4RL's returns of a random and of an expert policy, where there are such.
+    `keys` names the parts of a recorded Dict observation that make the flat one; None: all of them.
+    `obs_note` says which recordings fit, where observations of a wrong width have a likely cause.
     """
 
     matches: Callable[[str], bool]
@@ -90,6 +93,9 @@ class Family:
     reward_note: str
     success_at_end: Callable[[float, bool], bool] | None
     mirror: tuple[int, ...] | None = None
+    reference: Callable[[str], tuple[float, float] | None] = lambda env_id: None
+    keys: tuple[str, ...] | None = None
+    obs_note: str = ""
 
 
 def versions(packages: tuple[str, ...]) -> str:

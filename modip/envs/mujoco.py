@@ -33,4 +33,5 @@ FAMILY = Family(
     packages=("gymnasium", "mujoco"),
     reward_note="the environment's own reward; no success",
     success_at_end=None,
+    reference=lambda env_id: REFERENCE_RETURNS.get(env_id.partition("-")[0]),
 )
