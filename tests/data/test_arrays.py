@@ -108,13 +108,8 @@ def test_a_group_may_be_an_episode(kind: str, tmp_path: Path) -> None:
     keys = {"observation": "obs", "action": "act", "reward": "rew", "terminated": "done"}
     config = source(**{name: f"data/demo_{{episode}}/{key}" for name, key in keys.items()})
     made = convert(tmp_path / "f", config)
-    assert made.lengths.tolist() == [
-        1,
-        3,
-        10,
-        10,
-        1,
-    ]  # in numeric order; a flag ends the last inside
+    # in numeric order; a flag ends the last episode inside its group
+    assert made.lengths.tolist() == [1, 3, 10, 10, 1]
     whole = {key: np.concatenate([part[key] for part in parts.values()]) for key in numbers(1)}
     check_rows(made, whole)
 
