@@ -8,8 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from modip.data.episodes import ROW_GROUP, Rows
+from modip.data.episodes import Rows
 from modip.errors import UserError
+
+BLOCK = 16 * 1024
+"""Rows read at a time."""
 
 
 class Column(Protocol):
@@ -47,8 +50,8 @@ def read(columns: Mapping[str, Column], keys: Mapping[str, str], origin: str) ->
                 f"{origin}: {keys[name]} has {column.shape[0]} rows, but {keys['reward']} has {count}; "
                 "write or download the file again"
             )
-    for start in range(0, count, ROW_GROUP):
-        stop = min(start + ROW_GROUP, count)
+    for start in range(0, count, BLOCK):
+        stop = min(start + BLOCK, count)
         part = {name: column[start:stop] for name, column in columns.items()}
         none = np.zeros(stop - start, np.bool_)
         rows = as_rows(

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from modip.data import arrays, episodes
+from modip.data import arrays, columns, episodes
 from modip.data.episodes import Episodes
 from modip.data.sources import ArraysSource
 from modip.errors import UserError
@@ -62,11 +62,11 @@ def check_rows(made: Episodes, named: Named) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [np.float64, np.float16])
-@pytest.mark.parametrize("block", [episodes.ROW_GROUP, 7])
+@pytest.mark.parametrize("block", [columns.BLOCK, 7])
 def test_flags_end_episodes(
     kind: str, dtype: Any, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modip.data.columns.ROW_GROUP", block)
+    monkeypatch.setattr("modip.data.columns.BLOCK", block)
     named = numbers(dtype=dtype)
     named["done"] = np.isin(np.arange(60), [9, 10, 30])
     named["cut"] = np.isin(np.arange(60), [20, 30]).astype(np.uint8)[:, None]
@@ -80,11 +80,11 @@ def test_flags_end_episodes(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("block", [episodes.ROW_GROUP, 7])
+@pytest.mark.parametrize("block", [columns.BLOCK, 7])
 def test_episode_ends_end_them(
     kind: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modip.data.columns.ROW_GROUP", block)
+    monkeypatch.setattr("modip.data.columns.BLOCK", block)
     named = numbers() | {"meta/ends": np.array([1, 14, 21, 60])}
     named["done"] = np.arange(60) == 13
     write(tmp_path / "f", kind, named)

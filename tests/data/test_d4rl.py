@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modip import envs
-from modip.data import d4rl, episodes
+from modip.data import columns, d4rl, episodes
 from modip.data.episodes import Episodes
 from modip.data.sources import D4RLSource
 from modip.envs import kitchen
@@ -83,11 +83,11 @@ def test_rows_are_as_recorded(options: Arrays, dtype: Any, tmp_path: Path) -> No
     assert (made.info.env_id, made.info.sha256) == ("Hopper-v5", "5ha")
 
 
-@pytest.mark.parametrize("block", [episodes.ROW_GROUP, 700, 1])
+@pytest.mark.parametrize("block", [columns.BLOCK, 700, 1])
 def test_without_timeouts_steps_are_counted(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modip.data.columns.ROW_GROUP", block)
+    monkeypatch.setattr("modip.data.columns.BLOCK", block)
     data = arrays(3700 if block > 1 else 1200)
     del data["timeouts"]
     ends = [e for e in (4, 1004, 1500, 3500) if e < len(data["rewards"])]  # row 1004 is both
@@ -252,11 +252,11 @@ PARTIAL = [set(), set(), {2}, {2, 3}, {3}]
 
 @pytest.mark.parametrize("env_id", [FULL, MIXED])
 @pytest.mark.parametrize("timeouts", [True, False])
-@pytest.mark.parametrize("block", [episodes.ROW_GROUP, 4, 1])
+@pytest.mark.parametrize("block", [columns.BLOCK, 4, 1])
 def test_kitchen_rewards_and_ends_are_the_environments(
     env_id: str, timeouts: bool, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modip.data.columns.ROW_GROUP", block)
+    monkeypatch.setattr("modip.data.columns.BLOCK", block)
     data = kitchen_arrays(env_id, [COMPLETE, PARTIAL, [set()], COMPLETE], timeouts)
     write(tmp_path / "k.hdf5", data, compression="gzip")
     made = convert(tmp_path / "k.hdf5", env_id)
