@@ -16,7 +16,18 @@ from typing import Any
 
 from modip import envs
 from modip.config import Params
-from modip.data import calvin, episodes, fidelity, lerobot, parquet, pusht, robomimic
+from modip.data import (
+    arrays,
+    calvin,
+    d4rl,
+    episodes,
+    fidelity,
+    lerobot,
+    minari,
+    parquet,
+    pusht,
+    robomimic,
+)
 from modip.data.episodes import Recording
 from modip.errors import UserError
 from modip.files import write_json
@@ -27,8 +38,11 @@ log = logging.getLogger(__name__)
 EPISODES = Path("data/episodes")
 Convert = Callable[[str, Any, Path, str], Recording]
 CONVERTERS: dict[str, Convert] = {
+    "arrays": arrays.convert,
     "calvin": calvin.convert,
+    "d4rl": d4rl.convert,
     "lerobot": lerobot.convert,
+    "minari": minari.convert,
     "parquet": parquet.convert,
     "pusht": pusht.convert,
     "robomimic": robomimic.convert,

@@ -305,7 +305,7 @@ def _numbered(
 ) -> Iterator[tuple[Rows, NDArray[np.int32], NDArray[np.int32]]]:
     """Blocks with their `episode_id` and `step`, in blocks long enough for a row group, checked."""
     numbering = _Numbering()
-    for rows in _gathered(blocks):
+    for rows in gathered(blocks):
         start = numbering.rows
         episode_id, step = numbering.number(rows.terminated | rows.truncated)
         _check_finite(path, rows, start, episode_id, step)
@@ -315,15 +315,17 @@ def _numbered(
     _check_ended(path, numbering)
 
 
-def _gathered(blocks: Iterable[Rows]) -> Iterator[Rows]:
+def gathered(blocks: Iterable[Rows]) -> Iterator[Rows]:
     """The same rows in blocks of at least a row group (but the last): small ones cost time and space."""
     held: list[Rows] = []
+    count = 0
     for rows in blocks:
         if len(rows.reward):
             held.append(rows)
-        if sum(len(part.reward) for part in held) >= ROW_GROUP:
+            count += len(rows.reward)
+        if count >= ROW_GROUP:
             yield Rows(*(np.concatenate(parts) for parts in zip(*held, strict=True)))
-            held = []
+            held, count = [], 0
     if held:
         yield Rows(*(np.concatenate(parts) for parts in zip(*held, strict=True)))
 

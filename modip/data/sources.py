@@ -82,6 +82,36 @@ class RobomimicSource(_Recorded):
     filter_key: str = Field(description='only the demonstrations in mask/<filter key>; "" for all')
 
 
+class D4RLSource(_Recorded):
+    """A D4RL HDF5 file: MuJoCo v2, or kitchen v0 (with the 60-number environments)."""
+
+    source: Literal["d4rl"] = Field(description="a D4RL HDF5 file")
+
+
+class MinariSource(_Recorded):
+    """A Minari data set's folder: data/metadata.json and its HDF5 or Arrow files."""
+
+    source: Literal["minari"] = Field(description="a Minari data set")
+
+
+class ArraysSource(_Recorded):
+    """Arrays of an HDF5 or npz file, by their names; observations and actions in the env's own units.
+
+    With {episode} in the names, every number in its place is an episode: data/demo_{episode}/obs.
+    An episode that has no end flag is taken as truncated at its last row.
+    """
+
+    source: Literal["arrays"] = Field(description="arrays of an HDF5 or npz file")
+    observation: str = Field(min_length=1, description="array of observations (N, Do)")
+    action: str = Field(min_length=1, description="array of actions (N, Da)")
+    reward: str = Field(min_length=1, description="array of rewards (N,)")
+    terminated: str = Field(description="array of flags (N,): the task ended; '' for none")
+    truncated: str = Field(description="array of flags (N,): cut off; '' for none")
+    episode_ends: str = Field(
+        description="array of the row numbers after each episode's last; '' for none"
+    )
+
+
 SourceConfig = Annotated[
     FetchSource
     | ToySource
@@ -89,6 +119,9 @@ SourceConfig = Annotated[
     | ParquetSource
     | LeRobotSource
     | CalvinSource
-    | RobomimicSource,
+    | RobomimicSource
+    | D4RLSource
+    | MinariSource
+    | ArraysSource,
     Field(discriminator="source"),
 ]

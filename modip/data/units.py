@@ -14,17 +14,25 @@ TOLERANCE = 1e-4
 """How far rounding may carry a normalised action past its bound."""
 
 
+def check_widths(rows: Rows, widths: tuple[int, int], env_id: str, origin: str, field: str) -> None:
+    """Raises UserError where the rows' observations or actions are not as long as the environment's (Do, Da)."""
+    found = rows.observation.shape[1], rows.action.shape[1]
+    for name, width, wanted in zip(("observation", "action"), found, widths, strict=True):
+        if width != wanted:
+            note = envs.family(env_id).obs_note if name == "observation" else ""
+            raise UserError(
+                f"{origin}: {name} has {width} numbers, but {env_id} has {wanted}; give "
+                f"the file's own environment in params.yaml, {field}{note and f' ({note})'}"
+            )
+
+
 def normalised(rows: Iterable[Rows], env_id: str, origin: str, field: str) -> Iterator[Rows]:
     """The same rows, their actions in [-1, 1]; `origin` and `field` (of params.yaml) name them in messages.
 
     Raises UserError where widths or bounds are not the environment's.
     """
-    env, spec = envs.make(env_id), envs.spec(env_id)
-    try:
-        widths = (spec.obs_dim, spec.action_dim)
-        yield from fitted(rows, widths, env.normalised, env_id, origin, field)
-    finally:
-        env.close()
+    spec = envs.spec(env_id)
+    yield from fitted(rows, spec.widths, spec.bounds.normalised, env_id, origin, field)
 
 
 def fitted(
@@ -38,15 +46,7 @@ def fitted(
     """As `normalised`, for (Do, Da) and a scaling of actions that are known without the environment."""
     start = 0
     for block in rows:
-        for name, width, wanted in (
-            ("observation", block.observation.shape[1], widths[0]),
-            ("action", block.action.shape[1], widths[1]),
-        ):
-            if width != wanted:
-                raise UserError(
-                    f"{origin}: {name} has {width} numbers, but {env_id} has {wanted}; give "
-                    f"the file's own environment in params.yaml, {field}"
-                )
+        check_widths(block, widths, env_id, origin, field)
         action = scaled(block.action)
         outside = np.abs(action) > 1.0 + TOLERANCE
         if outside.any():

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modip.envs import calvin, custom, fetch, mujoco, pusht, robosuite, toy
-from modip.envs.family import Adapter, Family, versions
+from modip.envs import adroit, calvin, custom, fetch, kitchen, mujoco, pusht, robosuite, toy
+from modip.envs.family import Adapter, Bounds, Family, versions
 from modip.errors import UserError
 
 # The first family that recognises an id owns it; custom takes what is left.
@@ -35,6 +35,8 @@ FAMILIES = (
     calvin.FAMILY,
     robosuite.FAMILY,
     robosuite.DENSE_FAMILY,
+    kitchen.FAMILY,
+    adroit.FAMILY,
     custom.FAMILY,
 )
 
@@ -50,6 +52,12 @@ class EnvSpec:
     max_episode_steps: int
     has_success: bool
     reward_note: str
+    bounds: Bounds
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(Do, Da)."""
+        return self.obs_dim, self.action_dim
 
 
 class StepResult(NamedTuple):
@@ -215,6 +223,7 @@ def make(env_id: str, render_mode: str | None = None) -> Adapter:
             toy.ENV_ID,
             pusht.ENV_ID,
             pusht.KEYPOINTS_ID,
+            *kitchen.ENV_IDS,
             *robosuite.TASKS,
             *gymnasium.registry,
         ]
@@ -252,6 +261,7 @@ def _spec(env_id: str, env: Adapter) -> EnvSpec:
         max_episode_steps=env.max_episode_steps,
         has_success=env.has_success,
         reward_note=own.reward_note,
+        bounds=env.bounds,
     )
 
 
@@ -264,11 +274,11 @@ def mirror(env_id: str) -> Tensor | None:
 def score(env_id: str, episode_return: float) -> float | None:
     """The D4RL-normalised score (0 random, 100 expert), where D4RL has a reference.
 
-    The references were measured on D4RL's environments and are applied to the v5 ones as they
-    are: always to be read beside the raw return.
+    The references were measured on D4RL's environments and are applied to today's as they are:
+    always to be read beside the raw return.
     """
-    reference = mujoco.REFERENCE_RETURNS.get(env_id.partition("-")[0])
-    if reference is None or not mujoco.FAMILY.matches(env_id):
+    reference = family(env_id).reference(env_id)
+    if reference is None:
         return None
     low, high = reference
     return 100.0 * (episode_return - low) / (high - low)
@@ -309,7 +319,8 @@ def _pictures(env_id: str) -> _Pictures:
     env = make(env_id)
     try:
         modes = env.metadata["render_modes"]
-        return _Pictures("rgb_array" in modes, hasattr(env.unwrapped, "mujoco_renderer"))
+        model = type(getattr(env.unwrapped, "model", None))
+        return _Pictures("rgb_array" in modes, model.__module__.startswith("mujoco"))
     finally:
         env.close()
 

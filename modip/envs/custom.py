@@ -30,7 +30,7 @@ class _CustomAdapter(Adapter):
         # Only a step tells whether the environment reports success.
         env.reset(seed=0)
         self.has_success = (
-            "is_success" in env.step(self.command(np.zeros(self._scale.shape, np.float32)))[4]
+            "is_success" in env.step(self.command(np.zeros(self.bounds.low.shape, np.float32)))[4]
         )
 
     def observe(self, raw: Any) -> Array:

@@ -17,6 +17,28 @@ Array = NDArray[np.float32]
 RawEnv = gymnasium.Env[Any, Any]
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """The range of an environment's actions (Da,), to bring them into [-1, 1] and back."""
+
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    @property
+    def scale(self) -> NDArray[np.float64]:
+        """Units per 1."""
+        return (self.high - self.low) / 2
+
+    @property
+    def offset(self) -> NDArray[np.float64]:
+        """Where 0 is."""
+        return (self.high + self.low) / 2
+
+    def normalised(self, action: NDArray[Any]) -> Array:
+        """Actions (..., Da) in the environment's units to [-1, 1]."""
+        return ((action - self.offset) / self.scale).astype(np.float32)
+
+
 class Adapter(gymnasium.Wrapper[Array, Array, Any, Any]):
     """One environment with observation (Do,) float32 and action (Da,) in [-1, 1].
 
@@ -38,7 +60,8 @@ class Adapter(gymnasium.Wrapper[Array, Array, Any, Any]):
             raise UserError(f"env {env.spec.id}: its action bounds {low} to {high} are not finite")
         self.max_episode_steps: int = env.spec.max_episode_steps
         self.has_success = has_success
-        self._scale, self._offset = (high - low) / 2, (high + low) / 2
+        self.bounds = Bounds(low, high)
+        self._scale, self._offset = self.bounds.scale, self.bounds.offset
         self._dtype = space.dtype
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, space.shape, np.float32)
@@ -50,10 +73,6 @@ class Adapter(gymnasium.Wrapper[Array, Array, Any, Any]):
     def command(self, action: Array) -> NDArray[Any]:
         """The environment's own action for a normalised one in [-1, 1]."""
         return (self._offset + self._scale * action).astype(self._dtype)
-
-    def normalised(self, action: NDArray[Any]) -> Array:
-        """The inverse of `command` for actions (..., Da) in the environment's units."""
-        return ((action - self._offset) / self._scale).astype(np.float32)
 
     def outcome(self, reward: float, terminated: bool, info: dict[str, Any]) -> tuple[float, bool]:
         """Reward as this family defines it, and success so far."""
@@ -122,6 +141,9 @@ class Family:
     episode; None where a recording does not show it. `mirror` has the sign of each number of an
     observation and of an action in the mirror image of an episode, where that is an episode too.
     `stepper` gives what steps several of its environments.
+    `reference` gives D4RL's returns of a random and of an expert policy, where there are such.
+    `keys` names the parts of a recorded Dict observation that make the flat one; None: all of them.
+    `obs_note` says which recordings fit, where observations of a wrong width have a likely cause.
     """
 
     matches: Callable[[str], bool]
@@ -131,6 +153,9 @@ class Family:
     success_at_end: Callable[[float, bool], bool] | None
     mirror: tuple[int, ...] | None = None
     stepper: Callable[[Sequence[Adapter]], Stepper] = one_by_one
+    reference: Callable[[str], tuple[float, float] | None] = lambda env_id: None
+    keys: tuple[str, ...] | None = None
+    obs_note: str = ""
 
 
 def versions(packages: tuple[str, ...]) -> str:

@@ -154,4 +154,5 @@ FAMILY = Family(
     reward_note="the environment's own reward; no success",
     success_at_end=None,
     stepper=stepper,
+    reference=lambda env_id: REFERENCE_RETURNS.get(env_id.partition("-")[0]),
 )

@@ -150,7 +150,7 @@ def test_the_environment_sees_what_was_recorded(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     targets = (obs[0][:2] + rng.uniform(-60, 60, (6, 2))).clip(0, 512)
     for target in targets:
-        obs.append(env.step(env.normalised(target))[0])
+        obs.append(env.step(env.bounds.normalised(target))[0])
     columns["observation.state"] = np.array(obs[:-1])[:, :2]
     columns["observation.environment_state"] = np.array(obs[:-1])[:, 2:]
     columns["action"] = targets.astype(np.float32)

@@ -160,7 +160,7 @@ def test_success_only_where_the_family_has_it(env: BatchedEnv, env_id: str) -> N
 def test_normalised_actions_are_the_environments_bounds() -> None:
     env = envs.make("Pendulum-v1")
     np.testing.assert_allclose(env.command(np.array([-1, 0.5], np.float32)), [-2, 1])
-    np.testing.assert_allclose(env.normalised(np.array([-2.0, 1.0])), [-1, 0.5])
+    np.testing.assert_allclose(env.bounds.normalised(np.array([-2.0, 1.0])), [-1, 0.5])
     raw = gymnasium.make("Pendulum-v1")
     start = raw.reset(seed=3)[0]
     np.testing.assert_array_equal(env.reset(seed=3)[0], start)
