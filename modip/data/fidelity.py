@@ -22,8 +22,6 @@ STEPS = 200
 """Steps in a sample, of any kind."""
 ENDS = 50
 """Steps beside them that end an episode by termination: few of the others do."""
-FAITHFUL = 0.1
-"""The largest error, in standard deviations of a step's change, that is no reason to doubt."""
 
 
 class Transition(NamedTuple):
@@ -57,7 +55,7 @@ def sample(recording: Recording, steps: int, terminated: int) -> list[Transition
 def one_step_error(env_id: str, transitions: Sequence[Transition]) -> dict[str, Any]:
     """How far one step of today's simulator leads from the recorded one, as flat statistics.
 
-    The error of an observation is the largest over its numbers, each over the standard deviation of that number's
+    The error of an observation is the largest over its numbers (`Adapter.compared`), each over the standard deviation of that number's
     one-step change in the sample (a number that never changes: as it is); that of a reward is absolute. Figures are
     None where no transition gives them; the note says why some were left out.
     """
@@ -66,7 +64,7 @@ def one_step_error(env_id: str, transitions: Sequence[Transition]) -> dict[str, 
     try:
         env = envs.make(env_id)
     except UserError as problem:  # a simulator that is not installed: the recording can be learned from all the same
-        return _figures([], [], [], str(problem))
+        return _figures([], [], [], None, str(problem))
     try:
         env.reset(seed=0)
         for one in transitions:
@@ -78,8 +76,9 @@ def one_step_error(env_id: str, transitions: Sequence[Transition]) -> dict[str, 
             rewards.append(abs(reward - one.reward))
             agreed.append(terminated == one.terminated)
             if one.next_obs is not None:
-                replayed.append(after.astype(np.float64) - one.next_obs)
-                obs.append(one.next_obs.astype(np.float64) - one.obs)
+                wanted = one.next_obs.astype(np.float64)
+                replayed.append((after - wanted)[env.compared])
+                obs.append((wanted - one.obs)[env.compared])
     finally:
         env.close()
     errors = []
@@ -89,11 +88,15 @@ def one_step_error(env_id: str, transitions: Sequence[Transition]) -> dict[str, 
         errors = (np.abs(replayed) / scale).max(axis=1).tolist()
     left_out = len(transitions) - len(rewards)
     note = f"{left_out} of {len(transitions)} left out: {why}" if left_out else None
-    return _figures(errors, rewards, agreed, note)
+    return _figures(errors, rewards, agreed, env.tolerance, note)
 
 
 def _figures(
-    errors: Sequence[float], rewards: Sequence[float], agreed: Sequence[bool], note: str | None
+    errors: Sequence[float],
+    rewards: Sequence[float],
+    agreed: Sequence[bool],
+    tolerance: float | None,
+    note: str | None,
 ) -> dict[str, Any]:
     return {
         "fidelity_transitions": len(rewards),
@@ -102,6 +105,7 @@ def _figures(
         "fidelity_reward_error_median": _percentile(rewards, 50),
         "fidelity_reward_error_p95": _percentile(rewards, 95),
         "fidelity_terminated_agree": float(np.mean(agreed)) if agreed else None,
+        "fidelity_tolerance": tolerance,
         "fidelity_note": note,
     }
 
@@ -122,9 +126,10 @@ def summary(facts: dict[str, Any]) -> str:
 def doubt(facts: dict[str, Any]) -> str | None:
     """What the statistics of `one_step_error` say against a recording, or None."""
     median, p95 = facts["fidelity_obs_error_median"], facts["fidelity_obs_error_p95"]
-    if median is None or max(median, p95) <= FAITHFUL:
+    tolerance = facts["fidelity_tolerance"]
+    if median is None or max(median, p95) <= tolerance:
         return None
-    if median > FAITHFUL:
+    if median > tolerance:
         return (
             f"the recorded steps are not this simulator's (median error {median:.2g} of a step's change): another "
             "version of the environment, another scale of its actions, or actions beside the wrong observations; "

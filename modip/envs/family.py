@@ -45,6 +45,11 @@ class Adapter(gymnasium.Wrapper[Array, Array, Any, Any]):
     A family overrides `observe`, `command`, `outcome` where its environment differs.
     """
 
+    compared = slice(None)
+    """The numbers of an observation that tell whether a recorded step is this simulator's."""
+    tolerance = 0.1
+    """How far a step may be from a recorded one without doubt, in standard deviations of a step's change."""
+
     def __init__(self, env: RawEnv, obs_dim: int, has_success: bool) -> None:
         super().__init__(env)
         if env.spec is None or env.spec.max_episode_steps is None:

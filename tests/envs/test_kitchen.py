@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from modip import envs
+from modip.data import fidelity
+from modip.data.episodes import DatasetInfo, Recording, Rows
 from modip.envs import BatchedEnv, fetch, kitchen
 
 D4RL = "modip/KitchenD4RL-microwave-kettle-light-slide-v0"
@@ -170,3 +172,32 @@ def test_done_is_told_from_either_observation() -> None:
 
 def test_pictures_of_a_kitchen_need_opengl() -> None:
     assert envs._pictures(MINARI).need_gl
+
+
+def test_recorded_steps_are_taken_again_as_far_as_noise_lets_them() -> None:
+    """A rollout is this simulator's; with half the actions, or each a step late, it is not."""
+    env = envs.make(MINARI)
+    rng = np.random.default_rng(0)
+    obs, _ = env.reset(seed=3)
+    move, seen, moves, rewards = np.zeros(9), [], [], []
+    for _ in range(60):
+        move = np.clip(0.8 * move + 0.4 * rng.normal(size=9), -1, 1).astype(np.float32)
+        seen.append(obs)
+        moves.append(move)
+        obs, reward, *_ = env.step(move)
+        rewards.append(reward)
+    env.close()
+    ends = np.arange(60) == 59
+    action, reward_row = np.array(moves), np.array(rewards, np.float32)
+    told = DatasetInfo("kitchen", MINARI, "", "", "", "", "")
+
+    def doubt(action: Any) -> str | None:
+        rows = Rows(np.array(seen), action, reward_row, np.zeros(60, np.bool_), ends)
+        found = fidelity.sample(Recording(told, [rows]), 60, 0)
+        facts = fidelity.one_step_error(MINARI, found)
+        assert facts["fidelity_transitions"] == 60
+        return fidelity.doubt(facts)
+
+    assert doubt(action) is None
+    for wrong in (0.5 * action, np.roll(action, 1, 0)):
+        assert "not this simulator's" in str(doubt(wrong))
