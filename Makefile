@@ -2,10 +2,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench clean env
+.PHONY: help run test check format bench robosuite clean env
 
+# With ROBOSUITE=1 (make run ROBOSUITE=1), the environment that has robosuite too, and an older NumPy for it.
+VENV := $(if $(ROBOSUITE),.venv-robosuite,.venv)
+LOCK := $(if $(ROBOSUITE),requirements-robosuite.lock,requirements.lock)
 # The stages that dvc.yaml names `python ...` find the environment's python first.
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Keep freed memory instead of giving it back and faulting it in again: a fifth of a plan's time.
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
@@ -39,16 +42,19 @@ format: env ## rewrite the sources as `make check` wants them
 bench: env ## timed comparisons, printed and written to report/bench.json
 	@python -m benchmarks
 
+robosuite: ## the environment for RoboMimic's tasks; then: make run ROBOSUITE=1
+	@$(MAKE) --no-print-directory env ROBOSUITE=1
+
 clean: ## remove the environment, unfinished runs and tool caches; data and results stay
-	rm -rf .venv scratch .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-robosuite scratch .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
-# .venv/lock is the lock that was installed, written last: an interrupted installation starts over.
+# VENV/lock is the lock that was installed, written last: an interrupted installation starts over.
 env:
-	@cmp -s requirements.lock .venv/lock || $(MAKE) --no-print-directory .venv
+	@cmp -s $(LOCK) $(VENV)/lock || $(MAKE) --no-print-directory install
 
-.PHONY: .venv
-.venv:
+.PHONY: install
+install:
 	@set -e; \
 	for python in $(PYTHON) python3.11 python3.12 python3 none; do \
 	  if "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
@@ -59,9 +65,9 @@ env:
 	    "Install one, or name it: make PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; \
 	fi; \
-	echo "creating .venv with $$("$$python" --version), once; one to four minutes"; \
-	rm -rf .venv; \
-	"$$python" -m venv .venv; \
-	.venv/bin/python -m pip install --quiet --no-deps -r requirements.lock; \
-	.venv/bin/python -m pip install --quiet torch; \
-	cp requirements.lock .venv/lock
+	echo "creating $(VENV) with $$("$$python" --version), once; one to four minutes"; \
+	rm -rf $(VENV); \
+	"$$python" -m venv $(VENV); \
+	$(VENV)/bin/python -m pip install --quiet --no-deps -r $(LOCK); \
+	$(VENV)/bin/python -m pip install --quiet torch; \
+	cp $(LOCK) $(VENV)/lock

@@ -21,7 +21,7 @@ from typing import Any, Self
 from modip.config import Params
 from modip.data import episodes, fetch, remote, toy
 from modip.errors import UserError
-from modip.files import write_atomically
+from modip.files import write_atomically, write_json
 from pipeline import stage
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
     into = RAW / args.dataset
     found: dict[str, Any]
     if source.source == "fetch" or source.source == "toy":
+        shutil.rmtree(into, ignore_errors=True)
         root = into / "source.parquet"
         with stage.Bar(f"{args.dataset}: demonstrations", source.episodes, "episodes") as bar:
             if source.source == "fetch":
@@ -69,8 +70,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
         raise UserError(
             f"params.yaml: data.{args.dataset}.path: the file may not be named source.json"
         )
-    text = json.dumps({**source.model_dump(), **found}, indent=1) + "\n"
-    write_atomically(into / "source.json", lambda path: path.write_text(text))
+    write_json(into / "source.json", {**source.model_dump(), **found})
     log.info("%s: %s, sha256 %s", args.dataset, found["root"], found["sha256"])
 
 
