@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -52,7 +52,7 @@ class EnvSpec:
     max_episode_steps: int
     has_success: bool
     reward_note: str
-    bounds: Bounds
+    bounds: Bounds = field(compare=False)
 
     @property
     def widths(self) -> tuple[int, int]:
