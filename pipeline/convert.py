@@ -1,6 +1,7 @@
 """Turns a source into episodes: flat observations, actions in [-1, 1], checked and described.
 
-Writes data/episodes/DATASET.parquet and DATASET.json: its statistics, and how far they are from today's simulator.
+Writes data/episodes/DATASET.parquet, DATASET.about.json (what it is, its statistics, and how far its steps are from
+today's simulator's) and DATASET.json (of those, the figures of `dvc metrics show`).
 """
 
 from __future__ import annotations
@@ -49,6 +50,22 @@ CONVERTERS: dict[str, Convert] = {
 }
 """By the `source` of params.yaml: (data set id, its source, file or folder, sha256) to rows of the environment."""
 
+METRICS = (
+    "episodes",
+    "steps",
+    "return_mean",
+    "return_std",
+    "score_mean",
+    "success_rate",
+    "fidelity_obs_error_median",
+    "fidelity_obs_error_p95",
+)
+
+
+def about(dataset: str) -> Path:
+    """The file that says all there is to know of a data set."""
+    return EPISODES / f"{dataset}.about.json"
+
 
 def body(args: argparse.Namespace, params: Params) -> None:
     """One data set."""
@@ -75,7 +92,8 @@ def body(args: argparse.Namespace, params: Params) -> None:
     else:
         replayed = fidelity.sample(episodes.stream(target), facts["steps"], facts["terminated"])
     facts |= fidelity.one_step_error(facts["env_id"], replayed)
-    write_json(target.with_suffix(".json"), facts)
+    write_json(about(args.dataset), facts)
+    write_json(target.with_suffix(".json"), {name: facts[name] for name in METRICS})
     success = facts["success_rate"]
     log.info(
         "%s: %d episodes, %d steps, return %.4g ± %.4g, %s",

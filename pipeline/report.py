@@ -37,7 +37,7 @@ from modip.data import fidelity
 from modip.errors import UserError
 from modip.files import write_atomically, write_json
 from pipeline import figures, stage
-from pipeline.convert import EPISODES
+from pipeline.convert import about
 from pipeline.figures import PALETTE, Curve, Plot, Reference
 from pipeline.statistics import COVERAGE, Calibration, Estimate, calibration, estimate, iqm, mean
 from pipeline.training import ARTIFACTS
@@ -382,7 +382,7 @@ def dataset_view(
     results = {(run.agent, run.seed): run.metrics["results"] for run in runs}
     found = methods(rows, runs, colours)
     measures = [name for name in MEASURES if any(name in method.measures for method in found)]
-    file = EPISODES / f"{dataset}.json"
+    file = about(dataset)
     facts = json.loads(file.read_text()) if file.is_file() else None
     settings = {
         name: cell.model_dump(mode="json")[name] for name in ("source", "runtime", *SECTIONS)

@@ -109,7 +109,7 @@ def test_toy_from_nothing_to_episodes(folder: Path, program: Program) -> None:
     assert "6 episodes, 120 steps" in stderr
     made = episodes.read(folder / "data" / "episodes" / "toy.parquet")
     assert made.info.sha256 == record["sha256"]
-    facts = json.loads((folder / "data" / "episodes" / "toy.json").read_text())
+    facts = json.loads((folder / "data" / "episodes" / "toy.about.json").read_text())
     replayed = {name: facts.pop(name) for name in list(facts) if name.startswith("fidelity_")}
     assert facts == episodes.statistics(made.recording)
     assert replayed["fidelity_transitions"] == 120

@@ -145,7 +145,7 @@ def write_modip(dataset: str, seed: int, folder: Path) -> None:
 
 def write_facts(dataset: str) -> None:
     write(
-        report.EPISODES / f"{dataset}.json",
+        report.about(dataset),
         {
             "dataset": dataset, "env_id": ENVS[dataset], "env_version": VERSIONS[dataset],
             "source": "scripted here: noise 1.8, seed 7", "licence": "the project's own", "sha256": "ab" * 32,
@@ -429,7 +429,7 @@ def test_nan_shows(value: float | None) -> None:
 def test_text_from_files_is_escaped() -> None:
     params, _ = full([0])
     write_facts(FETCH)
-    facts = report.EPISODES / f"{FETCH}.json"
+    facts = report.about(FETCH)
     facts.write_text(facts.read_text().replace("noisy", "<img src='https://example.org/x.png'>"))
     report.build(params)
     assert "<img" not in page()[0]
