@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -207,7 +207,7 @@ def stream(source: Path, info: DatasetInfo | None = None, path: Path | None = No
     if file.metadata.num_rows == 0:
         raise UserError(f"{path}: no rows; a data set needs at least one episode")
     metadata = file.schema_arrow.metadata or {}
-    told = _info(path, metadata) or info or _no_info(path)
+    told = _info(path, metadata, info)
     return Recording(told, _blocks(file, path), _segments(path, metadata))
 
 
@@ -373,20 +373,23 @@ def _incomplete(path: Path, problem: Exception) -> UserError:
     return UserError(f"{path}: not a complete Parquet file ({reason}); write or copy it again")
 
 
-def _info(path: Path, metadata: dict[bytes, bytes] | None) -> DatasetInfo | None:
-    if not metadata or METADATA_KEY not in metadata:
-        return None
-    names = {field.name for field in fields(DatasetInfo)}
+def _info(path: Path, metadata: dict[bytes, bytes], other: DatasetInfo | None) -> DatasetInfo:
+    """What a file says of itself; where it says nothing, or something else, what `other` says."""
     try:
-        told = json.loads(metadata[METADATA_KEY])
+        told = json.loads(metadata.get(METADATA_KEY, "{}"))
     except ValueError:
         told = None
-    if not isinstance(told, dict) or set(told) != names or not _all_text(told):
+    names = [field.name for field in fields(DatasetInfo)]
+    found = told if isinstance(told, dict) else {}
+    texts = {name: found[name] for name in names if isinstance(found.get(name), str)}
+    if other is not None:
+        return replace(other, **texts)
+    if len(texts) < len(names):
         raise UserError(
-            f"{path}: its metadata {METADATA_KEY.decode()} must be JSON with exactly the texts "
-            f"{', '.join(sorted(names))}; correct or remove it"
+            f"{path}: its metadata {METADATA_KEY.decode()} must be JSON with the texts {', '.join(names)}; "
+            "write it with episodes.write"
         )
-    return DatasetInfo(**told)
+    return DatasetInfo(**texts)
 
 
 def _segments(path: Path, metadata: dict[bytes, bytes]) -> tuple[Segment, ...]:
@@ -397,14 +400,6 @@ def _segments(path: Path, metadata: dict[bytes, bytes]) -> tuple[Segment, ...]:
             f"{path}: its metadata {SEGMENTS_KEY.decode()} must be JSON, a list of "
             f"[{', '.join(Segment._fields)}]; correct or remove it"
         ) from problem
-
-
-def _all_text(told: dict[str, Any]) -> bool:
-    return all(isinstance(value, str) for value in told.values())
-
-
-def _no_info(path: Path) -> NoReturn:
-    raise UserError(f"{path}: no metadata {METADATA_KEY.decode()}; write it with episodes.write")
 
 
 def _check_finite(

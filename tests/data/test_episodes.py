@@ -79,6 +79,18 @@ def test_a_file_written_by_pyarrow_alone_is_read(tmp_path: Path) -> None:
     assert episodes.read(path).num_episodes == 2
 
 
+@pytest.mark.parametrize(
+    "told", ["", "{", "[1]", '{"name": "x", "licence": 3}', '{"licence": "MIT", "goal": [0]}']
+)
+def test_a_users_file_says_what_it_says(told: str, tmp_path: Path) -> None:
+    """Descriptions of another kind are no error where params.yaml describes the file."""
+    path = tmp_path / "user.parquet"
+    metadata = {"modip_dataset": told} if told else None
+    pq.write_table(table(make([3])).replace_schema_metadata(metadata), path)
+    found = episodes.stream(path, INFO).info
+    assert found == (replace(INFO, licence="MIT") if "MIT" in told else INFO)
+
+
 def test_the_schema_is_as_documented(tmp_path: Path) -> None:
     episodes.write(tmp_path / "d.parquet", make([3]).recording)
     schema = pq.read_schema(tmp_path / "d.parquet")
@@ -226,7 +238,7 @@ BAD_TABLES = [
     (cast("step", pa.float32()), ["column step has type float", "int32"]),
     (cast("terminated", pa.int32()), ["column terminated has type int32", "bool"]),
     (with_null, ["column reward, row 0 is null"]),
-    (lambda t: t.replace_schema_metadata(None), ["no metadata modip_dataset"]),
+    (lambda t: t.replace_schema_metadata(None), ["modip_dataset must be JSON", "episodes.write"]),
     (lambda t: t.replace_schema_metadata({"modip_dataset": "{"}), ["modip_dataset must be JSON"]),
     (
         lambda t: t.replace_schema_metadata({"modip_dataset": json.dumps({"dataset": "x"})}),
