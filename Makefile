@@ -24,6 +24,7 @@ help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
 
 run: env ## the main job: data, training, evaluation, report (again: only what changed)
+	@python -m pipeline.unlock
 	@python -m dvc repro
 	@python -m pipeline.report --show
 

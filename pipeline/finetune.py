@@ -7,6 +7,7 @@ policy it samples from, and final/model), curve.jsonl and timing.json.
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from modip.agents import AGENTS
 from modip.agents.bc import BC
 from modip.agents.modip import Modip
 from modip.artifacts import expect_spec, read_policy, restore_model, save_model, save_policy
-from modip.config import Params, unknown
+from modip.config import ModipConfig, Params, unknown
 from modip.envs import BatchedEnv
 from modip.errors import UserError
 from modip.files import write_atomically, write_json
@@ -29,7 +30,10 @@ from pipeline import stage, training
 from pipeline.evaluate import curve_rows
 from pipeline.training import Task
 
+log = logging.getLogger(__name__)
 READS = ("chunk", "diffusion", "world_model", "critics", "mppi", "modip", "evaluation")
+LIVES = 3
+"""Episodes that each environment should be able to live through."""
 
 
 def body(args: argparse.Namespace, params: Params) -> None:
@@ -69,8 +73,25 @@ def _control(task: Task, start: Path) -> None:
     training.finish(folder)
 
 
+def doubt(config: ModipConfig, longest: int) -> str | None:
+    """Why a run can hardly improve the policy where demonstrations take up to `longest` steps, or None."""
+    episode = min(longest, config.episode_steps or longest)
+    lived = config.env_steps // config.num_envs
+    if lived >= LIVES * episode:
+        return None
+    return (
+        f"modip.env_steps {config.env_steps} in {config.num_envs} environments are {lived} steps for each, and episodes "
+        f"take up to {episode}: few will end, and only what ended is imitated. Raise modip.env_steps to "
+        f"{LIVES * episode * config.num_envs} or more, or lower modip.num_envs (hopper-surrogate-medium has values for "
+        "long episodes)"
+    )
+
+
 def _modip(task: Task, start: Path) -> None:
     cell, config, device = task.cell, task.cell.modip, task.demos.table.device
+    doubtful = doubt(config, task.demos.longest)
+    if doubtful is not None:
+        log.warning("%s: %s", cell.dataset, doubtful)
     model_path = task.pretrained / "model"
     torch.manual_seed(task.seed)
     policy = new_policy(cell, task.spec, task.demos)

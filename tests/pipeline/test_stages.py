@@ -268,3 +268,20 @@ def test_the_same_stage_twice_is_the_same_result(small: Params, done: tuple[Path
         patch.chdir(done[0])
         work(pretrain_bc, small)
     assert {p.name: p.read_bytes() for p in first.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("values", "fine"),
+    [
+        ({"env_steps": 2400, "num_envs": 8, "episode_steps": 0}, True),
+        ({"env_steps": 2392, "num_envs": 8, "episode_steps": 0}, False),
+        ({"env_steps": 2392, "num_envs": 8, "episode_steps": 99}, True),
+    ],
+)
+def test_a_budget_too_short_for_its_episodes_is_doubted(values: dict[str, int], fine: bool, small: Params) -> None:  # fmt: skip
+    config = small.cell("toy").modip.model_copy(update=values)
+    found = finetune.doubt(config, longest=100)
+    assert (found is None) == fine
+    if found is not None:
+        assert "env_steps 2392 in 8 environments are 299 steps for each" in found
+        assert "Raise modip.env_steps to 2400" in found
