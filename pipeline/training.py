@@ -99,6 +99,10 @@ def scratch_folder(task: Task, name: str, reads: tuple[str, ...], *depends: obje
     )
 
 
+class DivergedError(UserError):
+    """Training whose numbers are no longer finite."""
+
+
 @dataclass
 class Run:
     """A finished job: its training seconds, without evaluations, over all its resumptions; and its curve."""
@@ -122,7 +126,7 @@ def run(
     """Advance `job` to its end, saving its state every `runtime.checkpoint_seconds`.
 
     `done` counts progress in `unit`s up to `total`. Whenever `job.env_steps` passes one of `points` (ascending),
-    `at_point` gives rows for the curve. Raises UserError when the training diverges.
+    `at_point` gives rows for the curve. Raises DivergedError when the training diverges.
     """
     points = points or []
     seconds, passed, rows, logged = 0.0, 0, 0, 0
@@ -179,8 +183,8 @@ def run(
     return Run(seconds, folder / "curve.jsonl")
 
 
-def _diverged(title: str, job: Fit | Interaction, what: str) -> UserError:
-    return UserError(
+def _diverged(title: str, job: Fit | Interaction, what: str) -> DivergedError:
+    return DivergedError(
         f"{title}: {what} after {job.grad_steps} updates; training has diverged: lower the learning rate "
         "or grad_clip of that part in params.yaml"
     )
