@@ -27,7 +27,7 @@ from modip.errors import UserError
 from modip.files import write_atomically, write_json
 from modip.loops import Fit, Interaction
 from modip.parts import new_critics, new_model, new_policy
-from pipeline import stage, training
+from pipeline import stage, tracking, training
 from pipeline.evaluate import curve_rows
 from pipeline.training import Task
 
@@ -68,6 +68,8 @@ def _control(task: Task, start: Path) -> None:
     save_policy(out / "final" / "policy", agent.learner.ema, cell, task.spec, meta)
     _write_curve(out, done)
     training.finish(folder)
+    made = {out / "final" / "policy": "policy"}
+    tracking.publish(f"made-{folder.name}", made=made, given=[task.episodes, start])
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,11 @@ def _modip(task: Task) -> None:
     save(task, out / "final", found)
     _write_curve(out, found.done)
     training.finish(found.folder)
+    tracking.publish(
+        f"made-{found.folder.name}",
+        made={out / "final" / part: part for part in ("policy", "prior", "model")},
+        given=[task.episodes, task.pretrained / "policy", task.pretrained / "model"],
+    )
 
 
 def _write_curve(out: Path, done: training.Run) -> None:

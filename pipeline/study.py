@@ -225,6 +225,14 @@ def show(record: dict[str, Any]) -> None:
 # The winner in params.yaml.
 
 
+def round_trip() -> YAML:
+    """Reads and writes params.yaml with its comments, its quotes (a URL in braces needs them) and its long lines."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    return yaml
+
+
 def apply(path: Path) -> None:
     """Write the last study's winner into params.yaml, under by_dataset of its data set; comments stay.
 
@@ -235,9 +243,7 @@ def apply(path: Path) -> None:
     if top is None:
         raise UserError(f"{RECORD}: no trial finished, so there is no winner to apply")
     before = load(path)
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096
+    yaml = round_trip()
     old, plain = path.read_text(), StringIO()
     tree = yaml.load(old)
     yaml.dump(tree, plain)

@@ -54,6 +54,10 @@ class Task:
     def pretrained(self) -> Path:
         return ARTIFACTS / self.cell.dataset / "pretrained" / str(self.seed)
 
+    @property
+    def episodes(self) -> Path:
+        return EPISODES / f"{self.cell.dataset}.parquet"
+
     def results(self, agent: str) -> Path:
         return ARTIFACTS / self.cell.dataset / agent / str(self.seed)
 
@@ -137,7 +141,9 @@ def run(
         seconds, passed, rows, logged = (meta[k] for k in ("seconds", "passed", "rows", "logged"))
         log.info("%s: resumed at %d of %d %s", title, done(), total, unit)
     with (
-        Tracker(folder / "curve.jsonl", f"{title}-{folder.name[-8:]}", rows) as tracker,
+        Tracker(
+            folder / "curve.jsonl", folder.name, rows, task.cell.model_dump(mode="json")
+        ) as tracker,
         stage.Bar(title, total, unit, done=done()) as bar,
     ):
         shown, saved, began = done(), time.monotonic(), time.monotonic()

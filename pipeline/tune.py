@@ -36,7 +36,6 @@ from typing import Any
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from ruamel.yaml import YAML
 
 import modip
 from modip import envs
@@ -187,7 +186,7 @@ def prepare(params: Params, source: Path, home: Path, seeds: list[int]) -> None:
             if not target.exists() or not filecmp.cmp(name, target, shallow=False):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(name, target)
-        yaml = YAML()
+        yaml = study.round_trip()
         tree = yaml.load(source.read_text())
         tree["dataset"], tree["seed"] = [params.tune.dataset], seeds
         write_atomically(home / "params.yaml", lambda to: yaml.dump(tree, to))

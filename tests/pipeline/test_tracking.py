@@ -25,7 +25,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def write(path: Path, values: range, rows: int = 0) -> None:
-    with Tracker(path, "toy/bc/0", rows) as tracker:
+    with Tracker(path, "toy/bc/0", rows, {"a": 1}) as tracker:
         for value in values:
             tracker.log({"env_steps": value, "success": 0.5, "policy": "dp"})
         assert tracker.rows == rows + len(values)
@@ -36,13 +36,13 @@ def steps(path: Path) -> list[int]:
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_logged(path: Path) -> None:
-    with Tracker(path, "toy/bc/0", 0) as tracker:
+    with Tracker(path, "toy/bc/0", 0, {}) as tracker:
         tracker.log({"env_steps": 1, "success": None, "policy": "dp"})
         assert json.loads(path.read_text()) == {"env_steps": 1, "success": None, "policy": "dp"}
 
 
 def test_every_line_is_strict_json(path: Path) -> None:
-    with Tracker(path, "toy/bc/0", 0) as tracker:
+    with Tracker(path, "toy/bc/0", 0, {}) as tracker:
         tracker.log({"loss": float("nan"), "return": float("-inf"), "note": "a\nb", "ok": True})
     expected = {"loss": None, "return": None, "note": "a\nb", "ok": True}
     assert [json.loads(line) for line in path.read_text().splitlines()] == [expected]
@@ -68,7 +68,7 @@ def test_a_file_shorter_than_its_checkpoint_is_refused(path: Path) -> None:
         file.write('{"env_steps": 2}')  # no newline: not a whole row
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"curve.jsonl: 2 rows, .* counts 3; delete .*scratch"):
-        Tracker(path, "toy/bc/0", 3)
+        Tracker(path, "toy/bc/0", 3, {})
     assert path.read_bytes() == before
 
 
@@ -138,4 +138,4 @@ def test_its_failure_never_stops_a_run(
 def test_an_unknown_mode_is_the_users_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODIP_WANDB", "yes")
     with pytest.raises(UserError, match=r"MODIP_WANDB \(value 'yes'\) is unknown: choose one of"):
-        Tracker(path, "toy/bc/0", 0)
+        Tracker(path, "toy/bc/0", 0, {})
