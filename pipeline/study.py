@@ -355,7 +355,8 @@ def _drawn(number: int, draw: Callable[[], go.Figure]) -> tuple[Markup | None, s
     # A grey that reads on white and on black: the page follows the reader's colour scheme.
     figure.update_layout(
         template="plotly_white", title=None, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#7d8590", "size": 12}, margin={"l": 56, "r": 16, "t": 16, "b": 48}, height=360,
+        font={"color": "#7d8590", "size": 12}, margin={"l": 56, "r": 16, "t": 36, "b": 48}, height=360,
+        legend={"orientation": "h", "y": 1.12},
     )  # fmt: skip
     figure.update_xaxes(gridcolor="rgba(128,128,128,0.2)", zeroline=False)
     figure.update_yaxes(gridcolor="rgba(128,128,128,0.2)", zeroline=False)
@@ -382,6 +383,6 @@ def _curves(record: dict[str, Any], target: str) -> go.Figure:
             line={"color": figures.PALETTE[0 if not number else 2], "width": 2},
         )  # fmt: skip
     figure.update_layout(
-        xaxis_title="environment steps", yaxis_title=target, legend={"orientation": "h", "y": 1.12}, showlegend=True
+        xaxis_title="environment steps", yaxis_title=target, showlegend=True
     )  # fmt: skip
     return figure
