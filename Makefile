@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench robosuite clean env
+.PHONY: help run tune test check format bench robosuite clean env
 
 # With ROBOSUITE=1 (make run ROBOSUITE=1), the environment that has robosuite too, and an older NumPy for it.
 VENV := $(if $(ROBOSUITE),.venv-robosuite,.venv)
@@ -27,6 +27,9 @@ run: env ## the main job: data, training, evaluation, report (again: only what c
 	@python -m pipeline.unlock
 	@python -m dvc repro
 	@python -m pipeline.report --show
+
+tune: env ## try values of the parameters, as `tune` in params.yaml says (WORKERS=2: side by side)
+	@python -m pipeline.tune --workers $(or $(WORKERS),1)
 
 test: env ## the tests, fast ones first
 	@python -m pytest -n 2 --maxschedchunk 1

@@ -11,7 +11,7 @@ import difflib
 import fnmatch
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -290,6 +290,122 @@ class Cell(Section):
 
 SECTIONS = ("chunk", "diffusion", "world_model", "critics", "mppi", "modip", "evaluation")
 
+Value = bool | int | float | str
+"""What can be tuned: a number, a flag or a word."""
+
+
+class IntRange(Section):
+    """Whole numbers from low to high, both included."""
+
+    type: Literal["int"]
+    low: int = Field(description="smallest value")
+    high: int = Field(description="largest value")
+    log: bool = Field(description="search ratios instead of differences")
+
+    def holds(self, value: Value) -> bool:
+        return type(value) is int and self.low <= value <= self.high
+
+
+class FloatRange(Section):
+    """Numbers from low to high, both included."""
+
+    type: Literal["float"]
+    low: float = Field(description="smallest value")
+    high: float = Field(description="largest value")
+    log: bool = Field(description="search ratios instead of differences")
+
+    def holds(self, value: Value) -> bool:
+        return type(value) is float and self.low <= value <= self.high
+
+
+class Choice(Section):
+    """One of a few values."""
+
+    type: Literal["choice"]
+    choices: list[Value] = Field(description="the values to choose from", min_length=2)
+
+    def holds(self, value: Value) -> bool:
+        return any(value == one and type(value) is type(one) for one in self.choices)
+
+
+class ObjectiveConfig(Section):
+    """What a study makes large."""
+
+    policy: Literal["dp", "planner"] = Field(description="the policy alone, or the planner")
+    metric: Literal["success", "return", "score"] = Field(description="its measure")
+
+
+class HyperbandConfig(Section):
+    """Trials that fall behind others of as many environment steps are stopped."""
+
+    type: Literal["hyperband"]
+    min_resource: Count = Field(description="environment steps before a trial can be stopped")
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(
+        description="one trial in so many goes on, at each halving"
+    )
+
+
+class NoPrunerConfig(Section):
+    """Every trial runs to its end."""
+
+    type: Literal["none"]
+
+
+class SamplerConfig(Section):
+    """The tree-structured Parzen estimator (TPE)."""
+
+    seed: Annotated[int, Field(ge=0)] = Field(description="seed of its draws")
+    startup_trials: Annotated[int, Field(ge=1)] = Field(
+        description="trials drawn at random before it learns from them"
+    )
+
+
+class TuneConfig(Section):
+    """A study: which values of one data set's cell to try, how, and on what the winner is confirmed."""
+
+    dataset: str = Field(description="data set, a key of `data`")
+    agent: Literal["modip"] = Field(description="agent that a trial trains")
+    seeds: list[Annotated[int, Field(ge=0, le=2_000)]] = Field(
+        description="seeds each trial runs, one after the other", min_length=1
+    )
+    parameters: dict[
+        str, Annotated[IntRange | FloatRange | Choice, Field(discriminator="type")]
+    ] = Field(description="what is searched: SECTION.FIELD and its range", min_length=1)
+    env_steps: Count = Field(
+        description="environment steps of a trial and seed; the final phase is scaled with them"
+    )
+    points: Count = Field(description="evaluations along a trial, besides the last")
+    episodes: Count = Field(description="episodes of each evaluation")
+    first_seed: Annotated[int, Field(ge=0)] = Field(
+        description="their first start state: others than the final evaluation's, which confirms"
+    )
+    trials: Count = Field(description="trials in all; infeasible ones do not count")
+    objective: ObjectiveConfig
+    pruner: Annotated[HyperbandConfig | NoPrunerConfig, Field(discriminator="type")]
+    sampler: SamplerConfig
+    confirm_seeds: list[Annotated[int, Field(ge=0, le=2_000)]] = Field(
+        description="fresh seeds on which winner and default are compared, with the whole budget",
+        min_length=2,
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name, one in self.parameters.items():
+            if not isinstance(one, Choice) and not one.low < one.high:
+                raise ValueError(f"{name}: low {one.low} is not below high {one.high}: widen it")
+            if not isinstance(one, Choice) and one.log and one.low <= 0:
+                raise ValueError(f"{name}: low {one.low} has no logarithm: raise it, or log: false")
+        both = sorted(set(self.seeds) & set(self.confirm_seeds))
+        if both or len(set(self.confirm_seeds)) < len(self.confirm_seeds):
+            raise ValueError(
+                f"confirm_seeds {self.confirm_seeds} must be fresh: none twice, none of seeds {self.seeds}"
+            )
+        if isinstance(self.pruner, HyperbandConfig) and self.pruner.min_resource > self.env_steps:
+            raise ValueError(
+                f"pruner.min_resource {self.pruner.min_resource} exceeds env_steps {self.env_steps}: lower it"
+            )
+        return self
+
 
 class Params(Section):
     """The whole of params.yaml, every data set's values checked."""
@@ -299,12 +415,58 @@ class Params(Section):
     seed: tuple[Annotated[int, Field(ge=0, le=2_000)], ...]  # times 10^6 it seeds simulators
     data: dict[str, SourceConfig]
     cells: dict[str, Cell]
+    tune: TuneConfig
 
     def cell(self, dataset: str) -> Cell:
         """The values of one data set. Raises UserError for an unknown id."""
         if dataset not in self.cells:
             raise UserError(unknown("params.yaml: dataset", dataset, self.cells))
         return self.cells[dataset]
+
+    def with_cell(self, cell: Cell) -> Self:
+        """The same with another cell in the place of its data set's."""
+        return self.model_copy(update={"cells": {**self.cells, cell.dataset: cell}})
+
+
+def value_of(cell: Cell, where: str) -> Value:
+    """The value at SECTION.FIELD of a cell. Raises UserError, with the nearest path, if there is none to tune."""
+    found: Any = cell.model_dump(include=set(SECTIONS))
+    paths = dict(_paths(found, ""))
+    if where not in paths:
+        near = difflib.get_close_matches(where, list(paths), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"params.yaml: tune.parameters {where!r} is unknown: {hint}name a value as SECTION.FIELD, "
+            f"SECTION one of {', '.join(SECTIONS)}"
+        )
+    return paths[where]
+
+
+def _paths(tree: Any, at: str) -> Iterator[tuple[str, Value]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{at}{name}.")
+        elif isinstance(value, Value):
+            yield f"{at}{name}", value
+
+
+def with_values(cell: Cell, changes: Mapping[str, Value]) -> Cell:
+    """The cell with the values of `changes`, {SECTION.FIELD: value}, checked whole.
+
+    Raises UserError in one line for a path that is not there and for a combination that does not fit.
+    """
+    tree: dict[str, Any] = cell.model_dump()
+    for where, value in changes.items():
+        value_of(cell, where)
+        *sections, field = where.split(".")
+        functools.reduce(lambda at, name: at[name], sections, tree)[field] = value
+    try:
+        return Cell.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        shown = f"{field} (value {first['input']!r}): " if field in changes else ""
+        raise UserError(shown + first["msg"].removeprefix("Value error, ")) from None
 
 
 def unknown(what: str, value: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
@@ -356,7 +518,7 @@ def load(path: Path) -> Params:
 
 def build(tree: dict[str, Any], path: Path) -> Params:
     """Check a tree read from `path`; see `load`."""
-    expected = ("dataset", "agent", "seed", "runtime", "data", *SECTIONS)
+    expected = ("dataset", "agent", "seed", "runtime", "data", *SECTIONS, "tune")
     for key in tree:
         if key not in expected:
             raise UserError(unknown(f"{path}: section", str(key), expected))
@@ -405,14 +567,42 @@ def build(tree: dict[str, Any], path: Path) -> Params:
         if dataset not in cells:
             raise UserError(unknown(f"{path}: dataset", str(dataset), cells))
     try:
-        return Params.model_validate(
+        params = Params.model_validate(
             {
                 "dataset": tuple(tree["dataset"]),
                 "agent": tuple(tree["agent"]),
                 "seed": tuple(tree["seed"]),
                 "data": {name: cell.source for name, cell in cells.items()},
                 "cells": cells,
+                "tune": tree["tune"],
             }
         )
     except ValidationError as error:
         raise UserError(_describe(error, path, "")) from None
+    _check_study(params, path)
+    return params
+
+
+def _check_study(params: Params, path: Path) -> None:
+    """The study against its data set's values."""
+    tune = params.tune
+    if tune.dataset not in params.cells:
+        raise UserError(unknown(f"{path}: tune.dataset", tune.dataset, params.cells))
+    cell = params.cell(tune.dataset)
+    for where, searched in tune.parameters.items():
+        default = value_of(cell, where)
+        if where == "modip.env_steps":
+            raise UserError(f"{path}: tune.parameters {where!r} is the budget: set tune.env_steps")
+        if not searched.holds(default):
+            raise UserError(
+                f"{path}: tune.parameters.{where}: the default of {tune.dataset} (value {default!r}) is not in "
+                f"its range of type {searched.type}: change the range so that the study can try the default"
+            )
+    judged = range(
+        cell.evaluation.first_seed, cell.evaluation.first_seed + cell.evaluation.episodes
+    )
+    if tune.first_seed < judged.stop and judged.start < tune.first_seed + tune.episodes:
+        raise UserError(
+            f"{path}: tune.first_seed (value {tune.first_seed}): its {tune.episodes} start states are among the final "
+            f"evaluation's, {judged.start} to {judged.stop - 1}: choose one further away"
+        )

@@ -32,7 +32,7 @@ from modip.data import (
 from modip.data.episodes import Recording
 from modip.errors import UserError
 from modip.files import write_json
-from pipeline import stage
+from pipeline import stage, tracking
 from pipeline.download import RAW, check_unchanged
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
         log.warning(
             "%s: %s (recorded with %s; here: %s)", args.dataset, doubt, facts["env_version"], here
         )
+    tracking.publish(f"convert-{args.dataset}", made={target: "dataset"}, table=[facts])
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from modip.parts import new_critics, new_model
 from modip.replay import Replay
 from modip.types import ChunkStep
 from modip.world_model import WorldModel
-from pipeline import stage, training
+from pipeline import stage, tracking, training
 from pipeline.training import Task
 
 log = logging.getLogger(__name__)
@@ -146,6 +146,18 @@ def body(args: argparse.Namespace, params: Params) -> None:
     write_json(out / "metrics.json", {**head, "results": results})
     write_json(out / "details" / "episodes.json", episodes)
     _film(task, judged, out / "details" / "videos")
+    rows = [
+        {"stage": name, "policy": policy, **row}
+        for name, policies in results.items()
+        for policy, row in policies.items()
+    ]
+    tracking.publish(
+        f"evaluate-{args.dataset}-{args.agent}-{args.seed}",
+        made={out / "metrics.json": "evaluation"},
+        given=[final / "policy"],
+        table=rows,
+        videos={film.stem: film for film in sorted((out / "details" / "videos").glob("*.mp4"))},
+    )
 
 
 def _policy(task: Task, path: Path, name: str) -> Judged:

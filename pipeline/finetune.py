@@ -10,6 +10,8 @@ import argparse
 import logging
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from modip.errors import UserError
 from modip.files import write_atomically, write_json
 from modip.loops import Fit, Interaction
 from modip.parts import new_critics, new_model, new_policy
-from pipeline import stage, training
+from pipeline import stage, tracking, training
 from pipeline.evaluate import curve_rows
 from pipeline.training import Task
 
@@ -42,11 +44,10 @@ def body(args: argparse.Namespace, params: Params) -> None:
         raise UserError(unknown("--agent", args.agent, AGENTS))
     offset = params.cell(args.dataset).critics.reward_offset
     task = training.open_task(params, args.dataset, args.seed, reward_offset=offset)
-    start = task.pretrained / "policy"
     if args.agent == "bc":
-        _control(task, start)
+        _control(task, task.pretrained / "policy")
     else:
-        _modip(task, start)
+        _modip(task)
 
 
 def _control(task: Task, start: Path) -> None:
@@ -71,6 +72,8 @@ def _control(task: Task, start: Path) -> None:
     save_policy(out / "final" / "policy", agent.learner.ema, cell, task.spec, meta)
     _write_curve(out, done)
     training.finish(folder)
+    made = {out / "final" / "policy": "policy"}
+    tracking.publish(f"made-{folder.name}", made=made, given=[task.episodes, start])
 
 
 def doubt(config: ModipConfig, longest: int) -> str | None:
@@ -87,12 +90,30 @@ def doubt(config: ModipConfig, longest: int) -> str | None:
     )
 
 
-def _modip(task: Task, start: Path) -> None:
+@dataclass(frozen=True)
+class Improvement:
+    """A finished run of MODIP: the agent, what it took, and `judge`, the evaluation of its curve's points."""
+
+    agent: Modip
+    done: training.Run
+    folder: Path
+    parents: tuple[str, str]
+    judge: Callable[[], list[dict[str, Any]]]
+
+
+def improve(
+    task: Task, name: str, on_point: Callable[[list[dict[str, Any]]], None] | None = None
+) -> Improvement:
+    """Run MODIP from the pre-trained parts to the end of its budget, or go on with it in scratch/.
+
+    `name` tells runs of the same values apart. `on_point` is given the rows of each point of the curve; what it raises
+    ends the run.
+    """
     cell, config, device = task.cell, task.cell.modip, task.demos.table.device
     doubtful = doubt(config, task.demos.longest)
     if doubtful is not None:
         log.warning("%s: %s", cell.dataset, doubtful)
-    model_path = task.pretrained / "model"
+    start, model_path = task.pretrained / "policy", task.pretrained / "model"
     torch.manual_seed(task.seed)
     policy = new_policy(cell, task.spec, task.demos)
     model = new_model(cell, task.spec, task.demos)
@@ -119,8 +140,14 @@ def _modip(task: Task, start: Path) -> None:
         for i in range(cell.evaluation.curve_points + 1)
     ]
 
-    def at_point() -> list[dict[str, Any]]:
+    def judge() -> list[dict[str, Any]]:
         return curve_rows(task, agent, watched)
+
+    def at_point() -> list[dict[str, Any]]:
+        rows = judge()
+        if on_point is not None:
+            on_point([{"env_steps": agent.env_steps, **row} for row in rows])
+        return rows
 
     def progress() -> int:
         learned = agent.policy_learner.grad_steps
@@ -128,24 +155,40 @@ def _modip(task: Task, start: Path) -> None:
         return min(job.env_steps, config.env_steps) + max(0, distilled)
 
     parents = (checkpoint.fingerprint(start), checkpoint.fingerprint(model_path))
-    folder = training.scratch_folder(task, "modip", READS, *parents)
+    folder = training.scratch_folder(task, name, READS, *parents)
     done = training.run(
-        job, task, folder, title="modip: env steps, then distillation", unit="steps",
+        job, task, folder, title=f"{name}: env steps, then distillation", unit="steps",
         total=config.env_steps + config.final_updates, done=progress, points=points, at_point=at_point,
     )  # fmt: skip
-    out = task.results("modip")
+    return Improvement(agent, done, folder, parents, judge)
+
+
+def save(task: Task, out: Path, found: Improvement) -> None:
+    """Write the policy, and what its planner needs, into the folder `out`."""
+    agent, cell = found.agent, task.cell
     meta = task.meta(
         agent="modip",
-        env_steps=job.env_steps,
+        env_steps=agent.env_steps,
         grad_steps=agent.policy_learner.grad_steps,
-        parents=list(parents),
+        parents=list(found.parents),
     )
-    save_policy(out / "final" / "policy", agent.policy_learner.ema, cell, task.spec, meta)
+    save_policy(out / "policy", agent.policy_learner.ema, cell, task.spec, meta)
     prior, model, critics = agent.resting
-    save_policy(out / "final" / "prior", prior, cell, task.spec, meta)
-    save_model(out / "final" / "model", model, critics, cell, task.spec, meta)
-    _write_curve(out, done)
-    training.finish(folder)
+    save_policy(out / "prior", prior, cell, task.spec, meta)
+    save_model(out / "model", model, critics, cell, task.spec, meta)
+
+
+def _modip(task: Task) -> None:
+    found = improve(task, "modip")
+    out = task.results("modip")
+    save(task, out / "final", found)
+    _write_curve(out, found.done)
+    training.finish(found.folder)
+    tracking.publish(
+        f"made-{found.folder.name}",
+        made={out / "final" / part: part for part in ("policy", "prior", "model")},
+        given=[task.episodes, task.pretrained / "policy", task.pretrained / "model"],
+    )
 
 
 def _write_curve(out: Path, done: training.Run) -> None:

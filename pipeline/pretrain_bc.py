@@ -16,7 +16,7 @@ from modip.config import Params
 from modip.files import write_json
 from modip.loops import Fit
 from modip.parts import new_policy
-from pipeline import stage, training
+from pipeline import stage, tracking, training
 
 READS = ("chunk", "diffusion")
 
@@ -46,6 +46,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
     )
     write_json(out / "policy.json", {"pretrain_bc": done.seconds})
     training.finish(folder)
+    tracking.publish(f"made-{folder.name}", made={out / "policy": "policy"}, given=[task.episodes])
 
 
 if __name__ == "__main__":

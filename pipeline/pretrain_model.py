@@ -17,7 +17,7 @@ from modip.files import write_json
 from modip.loops import Fit
 from modip.parts import new_critics, new_model
 from modip.pretraining import Pretraining
-from pipeline import stage, training
+from pipeline import stage, tracking, training
 
 READS = ("world_model", "critics")
 
@@ -44,6 +44,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
     save_model(out, agent.model.ema, agent.critics.ema, cell, task.spec, meta)
     write_json(task.pretrained / "model.json", {"pretrain_model": done.seconds})
     training.finish(folder)
+    tracking.publish(f"made-{folder.name}", made={out: "model"}, given=[task.episodes, start])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from modip.config import SECTIONS, Params
 from modip.data import fidelity
 from modip.errors import UserError
 from modip.files import write_atomically, write_json
-from pipeline import figures, stage
+from pipeline import figures, stage, tracking
 from pipeline.convert import about
 from pipeline.figures import PALETTE, Curve, Plot, Reference
 from pipeline.statistics import COVERAGE, Calibration, Estimate, calibration, estimate, iqm, mean
@@ -638,6 +638,15 @@ def build(params: Params) -> tuple[list[Row], dict[str, str]]:
     write_atomically(REPORT / "index.html", lambda path: path.write_text(html))
     write_json(REPORT / "summary.json", rows)
     write_json(REPORT / "metrics.json", compared(rows))
+    tracking.publish(
+        "report-" + "-".join(params.dataset),
+        made={REPORT / "index.html": "report"},
+        given=[
+            ARTIFACTS / run.dataset / run.agent / str(run.seed) / "evaluation" / "metrics.json"
+            for run in runs
+        ],
+        table=[dict(row) for row in rows],  # type: ignore[arg-type]
+    )
     return rows, missing
 
 

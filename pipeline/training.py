@@ -54,6 +54,10 @@ class Task:
     def pretrained(self) -> Path:
         return ARTIFACTS / self.cell.dataset / "pretrained" / str(self.seed)
 
+    @property
+    def episodes(self) -> Path:
+        return EPISODES / f"{self.cell.dataset}.parquet"
+
     def results(self, agent: str) -> Path:
         return ARTIFACTS / self.cell.dataset / agent / str(self.seed)
 
@@ -99,6 +103,10 @@ def scratch_folder(task: Task, name: str, reads: tuple[str, ...], *depends: obje
     )
 
 
+class DivergedError(UserError):
+    """Training whose numbers are no longer finite."""
+
+
 @dataclass
 class Run:
     """A finished job: its training seconds, without evaluations, over all its resumptions; and its curve."""
@@ -122,7 +130,7 @@ def run(
     """Advance `job` to its end, saving its state every `runtime.checkpoint_seconds`.
 
     `done` counts progress in `unit`s up to `total`. Whenever `job.env_steps` passes one of `points` (ascending),
-    `at_point` gives rows for the curve. Raises UserError when the training diverges.
+    `at_point` gives rows for the curve. Raises DivergedError when the training diverges.
     """
     points = points or []
     seconds, passed, rows, logged = 0.0, 0, 0, 0
@@ -133,7 +141,9 @@ def run(
         seconds, passed, rows, logged = (meta[k] for k in ("seconds", "passed", "rows", "logged"))
         log.info("%s: resumed at %d of %d %s", title, done(), total, unit)
     with (
-        Tracker(folder / "curve.jsonl", f"{title}-{folder.name[-8:]}", rows) as tracker,
+        Tracker(
+            folder / "curve.jsonl", folder.name, rows, task.cell.model_dump(mode="json")
+        ) as tracker,
         stage.Bar(title, total, unit, done=done()) as bar,
     ):
         shown, saved, began = done(), time.monotonic(), time.monotonic()
@@ -179,8 +189,8 @@ def run(
     return Run(seconds, folder / "curve.jsonl")
 
 
-def _diverged(title: str, job: Fit | Interaction, what: str) -> UserError:
-    return UserError(
+def _diverged(title: str, job: Fit | Interaction, what: str) -> DivergedError:
+    return DivergedError(
         f"{title}: {what} after {job.grad_steps} updates; training has diverged: lower the learning rate "
         "or grad_clip of that part in params.yaml"
     )

@@ -80,6 +80,11 @@ def small_tree(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     tree["runtime"] = {"device": "cpu", "threads": 1, "checkpoint_seconds": 20.0}
     for name in SECTIONS:
         tree[name] = {"base": {**tree[name]["base"], **SMALL[name]}, "by_dataset": {"toy": {}}}
+    tree["tune"] |= {
+        "dataset": "toy", "env_steps": 48, "points": 2, "episodes": 4, "trials": 3, "confirm_seeds": [1, 2],
+        "parameters": {"mppi.horizon": {"type": "int", "low": 1, "high": 4, "log": False}},
+        "objective": {"policy": "planner", "metric": "return"}, "pruner": {"type": "none"},
+    }  # fmt: skip
     for path, value in (changes or {}).items():
         section, *fields = path.split(".")
         at = tree[section]["base"]

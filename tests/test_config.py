@@ -10,7 +10,20 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from modip import config
-from modip.config import Cell, Params, build, load
+from modip.config import (
+    Cell,
+    Choice,
+    FloatRange,
+    HyperbandConfig,
+    IntRange,
+    NoPrunerConfig,
+    Params,
+    TuneConfig,
+    build,
+    load,
+    value_of,
+    with_values,
+)
 from modip.errors import UserError
 from tests.helpers import ROOT, small_cell, small_tree
 
@@ -41,7 +54,12 @@ def test_the_projects_own_parameters_are_accepted() -> None:
         assert cell.dataset == name
 
 
-@pytest.mark.parametrize("model", models(Cell), ids=lambda model: model.__name__)
+TUNED = (IntRange, FloatRange, Choice, HyperbandConfig, NoPrunerConfig)  # of which one is chosen
+
+
+@pytest.mark.parametrize(
+    "model", [*models(Cell), *models(TuneConfig), *TUNED], ids=lambda model: model.__name__
+)
 def test_every_number_is_in_the_file_and_described(model: type[BaseModel]) -> None:
     """No default in code, nothing unknown, nothing written after loading, every value explained."""
     assert model.model_config["extra"] == "forbid"
@@ -50,7 +68,8 @@ def test_every_number_is_in_the_file_and_described(model: type[BaseModel]) -> No
     for name, field in model.model_fields.items():
         assert field.is_required(), name
         nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        if model is not Cell and not nested:
+        chosen = name in ("type", "pruner")  # by a literal, which says it all
+        if model is not Cell and not nested and not chosen:
             assert field.description, f"{model.__name__}.{name}"
 
 
@@ -232,3 +251,22 @@ def test_the_control_trains_as_long_as_modips_policy() -> None:
 def test_sections_are_those_of_a_cell() -> None:
     kinds = set(Cell.model_fields) - {"dataset", "source", "runtime"}
     assert kinds == set(config.SECTIONS)
+
+
+def test_values_are_put_into_a_cell_by_path_and_checked_whole() -> None:
+    cell = small_cell()
+    changed = with_values(cell, {"mppi.horizon": 2, "modip.demo_share.start": 0.5})
+    assert (changed.mppi.horizon, changed.modip.demo_share.start) == (2, 0.5)
+    assert with_values(changed, {"mppi.horizon": 3, "modip.demo_share.start": cell.modip.demo_share.start}) == cell  # fmt: skip
+    assert value_of(changed, "modip.demo_share.start") == 0.5
+    with pytest.raises(UserError, match=r"^mppi.horizon 5 exceeds chunk.horizon 4"):
+        with_values(cell, {"mppi.horizon": 5})
+    with pytest.raises(UserError, match=r"^mppi.temperature \(value -1.0\): .*greater than 0"):
+        with_values(cell, {"mppi.temperature": -1.0})
+    with pytest.raises(UserError, match="'mppi.horizn' is unknown: did you mean 'mppi.horizon'"):
+        with_values(cell, {"mppi.horizn": 2})
+
+
+def test_every_data_sets_cell_comes_back_from_its_values() -> None:
+    for cell in load(ROOT / "params.yaml").cells.values():
+        assert with_values(cell, {}) == cell

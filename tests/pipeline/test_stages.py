@@ -27,6 +27,7 @@ from pipeline import (
     resolve,
     stage,
     training,
+    tune,
 )
 from tests.helpers import ROOT, small_tree
 
@@ -93,9 +94,17 @@ def test_every_section_is_read_by_some_stage() -> None:
     assert read == set(SECTIONS)
 
 
+def test_a_study_makes_no_stage_stale() -> None:
+    """`tune` is read by pipeline/tune.py alone, which is no stage; what it tunes only fine-tuning reads."""
+    listed = [p for entry in STAGES.values() for p in entry.get("params", [])]
+    assert "tune" not in listed
+    assert set(tune.TUNABLE) == {"mppi", "modip"}
+    assert "tune" not in STAGES
+
+
 def test_the_parameters_are_complete() -> None:
     tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
-    assert set(tree) == {*MATRIX, "runtime", "data", *SECTIONS}
+    assert set(tree) == {*MATRIX, "runtime", "data", *SECTIONS, "tune"}
     assert set(STAGES["resolve"]["params"]) == {"data.${item.dataset}", *SECTIONS}
     assert set(tree["agent"]) <= set(AGENTS)
 

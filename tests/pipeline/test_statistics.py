@@ -6,9 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from pipeline import statistics
-from pipeline.statistics import COVERAGE, calibration, estimate, iqm, mean
+from pipeline.statistics import COVERAGE, calibration, difference, estimate, iqm, mean
 
 
 def test_iqm_drops_the_lowest_and_highest_quarter() -> None:
@@ -102,3 +103,26 @@ def test_calibration_of_constant_predictions_has_no_correlation() -> None:
     found = calibration([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
     assert np.isnan(found.correlation)
     assert found.bias == pytest.approx(-1.0)
+
+
+def test_a_difference_has_students_interval() -> None:
+    rng = np.random.default_rng(3)
+    ours, theirs = rng.normal(1.0, 1.0, 6), rng.normal(0.5, 1.0, 6)
+    found = difference(ours, theirs)
+    oracle = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert found == pytest.approx(((ours - theirs).mean(), oracle.low, oracle.high))
+
+
+def test_a_differences_interval_holds_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(4)
+    inside = 0
+    for _ in range(2000):
+        found = difference(rng.normal(2.0, 1.0, 4), rng.normal(1.0, 1.0, 4))
+        inside += found.low <= 1.0 <= found.high
+    assert 0.935 < inside / 2000 < 0.965
+
+
+def test_one_pair_has_no_interval_and_equal_pairs_have_a_point() -> None:
+    assert np.isnan(difference([1.0], [0.5]).low)
+    assert np.isnan(difference([1.0, np.nan], [0.5, 0.5]).low)
+    assert difference([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 0.0)

@@ -1,0 +1,388 @@
+"""What is left of a study: its record, its page, its best trial's weights, and the winner in params.yaml."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import optuna
+import plotly.graph_objects as go
+import plotly.offline
+from markupsafe import Markup
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.text import Text
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from modip.config import Params, Value, build, load, value_of
+from modip.errors import UserError
+from modip.files import write_atomically, write_json
+from pipeline import figures, report
+from pipeline.statistics import difference
+
+log = logging.getLogger(__name__)
+PAGE, RECORD = report.REPORT / "study.html", report.REPORT / "study.json"
+BEST = report.REPORT / "best_params.yaml"
+WEIGHTS = Path("trials")
+"""Weights of a study's trials, in its copy of the tree."""
+KEPT = Path("data/study")
+"""The best trial's weights, which DVC keeps."""
+TEMPLATE = Path(__file__).with_name("study_template.html.j2")
+NAMES = {"dp": "DP alone", "planner": "planner"}
+
+
+def best(study: optuna.Study) -> FrozenTrial | None:
+    """The finished trial of the highest value, the earliest of equals; None if none finished."""
+    done = [one for one in study.get_trials(deepcopy=False) if one.state == TrialState.COMPLETE]
+    return max(done, key=lambda one: (one.value, -one.number), default=None)
+
+
+def drop_weights(study: optuna.Study) -> None:
+    """Keep the best trial's weights and those of running trials."""
+    top = best(study)
+    for one in study.get_trials(deepcopy=False):
+        if one.state.is_finished() and (top is None or one.number != top.number):
+            shutil.rmtree(WEIGHTS / f"trial{one.number}", ignore_errors=True)
+
+
+def write(
+    params: Params,
+    study: optuna.Study,
+    confirmed: list[FrozenTrial],
+    home: Path,
+    root: Path,
+) -> dict[str, Any]:
+    """Write the record, the page, the winner and its weights under `root`. Returns the record."""
+    tune, top = params.tune, best(study)
+    trials = study.get_trials(deepcopy=False)
+    rows = [_row(params, study.study_name, one) for one in trials]
+    cell = params.cell(tune.dataset)
+    default = {where: value_of(cell, where) for where in tune.parameters}
+    verdict = _verdict(params, confirmed)
+    record = {
+        "study": study.study_name,
+        "dataset": tune.dataset,
+        "env": cell.source.env,
+        "agent": tune.agent,
+        "objective": tune.objective.model_dump(),
+        "tune": tune.model_dump(mode="json"),
+        "default": default,
+        "best": None if top is None else {"trial": top.number, "value": top.value, "params": top.params},
+        "confirmation": verdict,
+        "verdict": sentence(top is not None and dict(top.params) != default, verdict),
+        "trials": rows,
+    }  # fmt: skip
+    write_json(root / RECORD, record)
+    if top is not None:
+        _write_best(root / BEST, record)
+        _keep_weights(home / WEIGHTS / f"trial{top.number}", root)
+    _write_page(root / PAGE, params, study, record)
+    return record
+
+
+def _row(params: Params, name: str, one: FrozenTrial) -> dict[str, Any]:
+    """All there is to know of a trial; `value` is the objective at its end, or where it was stopped."""
+    worker = one.user_attrs.get("worker", {})
+    state = "infeasible" if "infeasible" in one.user_attrs else one.state.name.lower()
+    return {
+        "number": one.number,
+        "state": state,
+        "value": one.value,
+        "params": one.params,
+        "seeds": params.tune.seeds,
+        "env_steps": max((row["env_steps"] for row in one.user_attrs.get("curve", [])), default=0),
+        "seconds": one.user_attrs.get("seconds", 0.0),
+        "attempts": one.user_attrs.get("attempts", 0),
+        "reason": one.user_attrs.get("infeasible", one.user_attrs.get("reason", "")),
+        "commit": one.user_attrs.get("commit", "unknown"),
+        "host": worker.get("host", "unknown"),
+        "study": name,
+        "command": f"python -m pipeline.tune --repeat {one.number}",
+        "curve": one.user_attrs.get("curve", []),
+    }
+
+
+def _verdict(params: Params, confirmed: Iterable[FrozenTrial]) -> dict[str, Any] | None:
+    """Winner against default, seed by seed; None without a complete pair of runs."""
+    values: dict[str, dict[int, float]] = {"default": {}, "winner": {}}
+    for one in confirmed:
+        if one.state == TrialState.COMPLETE and one.value is not None:
+            values[one.params["setting"]][one.params["seed"]] = one.value
+    pairs = [
+        (seed, values["winner"][seed], values["default"][seed])
+        for seed in params.tune.confirm_seeds
+        if all(seed in known for known in values.values())
+    ]
+    if not pairs:
+        return None
+    found = difference([pair[1] for pair in pairs], [pair[2] for pair in pairs])
+    known = not math.isnan(found.low)
+    return {
+        "seeds": [pair[0] for pair in pairs],
+        "winner": [pair[1] for pair in pairs],
+        "default": [pair[2] for pair in pairs],
+        "difference": found.value,
+        "low": found.low if known else None,
+        "high": found.high if known else None,
+        "better": known and found.low > 0,
+        "missing": len(params.tune.confirm_seeds) - len(pairs),
+    }
+
+
+def sentence(differs: bool, verdict: dict[str, Any] | None) -> str:
+    """What may be said of the winner."""
+    if not differs:
+        return "no better than the default: no trial did better than it"
+    if verdict is None:
+        return "not confirmed: no run on fresh seeds ended"
+    if verdict["better"]:
+        return "better than the default"
+    if verdict["high"] is not None and verdict["high"] < 0:
+        return "worse than the default, on fresh seeds"
+    return "no better than the default, as far as these seeds can tell"
+
+
+def _write_best(path: Path, record: dict[str, Any]) -> None:
+    tree: dict[str, Any] = {}
+    for where, value in record["best"]["params"].items():
+        section, *fields = where.split(".")
+        at = tree.setdefault(section, {}).setdefault("by_dataset", {})
+        at = at.setdefault(record["dataset"], {})
+        for field in fields[:-1]:
+            at = at.setdefault(field, {})
+        at[fields[-1]] = value
+    text = StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(tree, text)
+    head = (
+        f"# Trial {record['best']['trial']} of study {record['study']}: {record['verdict']}.\n"
+        "# `python -m pipeline.tune --apply` writes it into params.yaml.\n"
+    )
+    write_atomically(path, lambda to: to.write_text(head + text.getvalue()))
+
+
+def _keep_weights(source: Path, root: Path) -> None:
+    """The best trial's weights go to data/study, and DVC is told; they lie with the host that trained them."""
+    if not source.is_dir():
+        log.warning(
+            "the best trial's weights lie on the host that ran it; its command makes them again"
+        )
+        return
+    # Not into the folder itself: files that DVC linked to its cache may be read-only.
+    shutil.rmtree(root / KEPT, ignore_errors=True)
+    shutil.copytree(source, root / KEPT)
+    command = [sys.executable, "-m", "dvc", "add", "-q", str(KEPT)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["?"])[-1]
+        log.warning("%s is not in DVC's cache yet (%s): dvc add %s", KEPT, reason, KEPT)
+
+
+def recorded(number: int) -> dict[str, Any]:
+    """The row of a trial. Raises UserError if there is no record or no such trial."""
+    rows = _read()["trials"]
+    if not 0 <= number < len(rows):
+        raise UserError(f"{RECORD}: no trial {number}; it holds 0 to {len(rows) - 1}")
+    found: dict[str, Any] = rows[number]
+    if found["state"] in ("infeasible", "waiting"):
+        raise UserError(f"{RECORD}: trial {number} never ran ({found['state']})")
+    return found
+
+
+def _read() -> dict[str, Any]:
+    if not RECORD.is_file():
+        raise UserError(f"{RECORD}: no such file; `make tune` writes it")
+    found: dict[str, Any] = json.loads(RECORD.read_text())
+    return found
+
+
+def show(record: dict[str, Any]) -> None:
+    """The study in a few lines, for a terminal."""
+    console, top = Console(), record["best"]
+    states = [row["state"] for row in record["trials"]]
+    parts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    console.print(f"{record['dataset']}: {parts}", highlight=False)
+    if top is not None:
+        shown = ", ".join(f"{where} {value:.4g}" if isinstance(value, float) else f"{where} {value}"
+                          for where, value in top["params"].items())  # fmt: skip
+        console.print(f"best: trial {top['trial']}, {shown}", highlight=False)
+    console.print(Text(record["verdict"], "bold"))
+    console.print(Text(str(PAGE), "dim"))
+
+
+# The winner in params.yaml.
+
+
+def round_trip() -> YAML:
+    """Reads and writes params.yaml with its comments, its quotes (a URL in braces needs them) and its long lines."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    return yaml
+
+
+def apply(path: Path) -> None:
+    """Write the last study's winner into params.yaml, under by_dataset of its data set; comments stay.
+
+    Raises UserError, and writes nothing, if the values would not hold there or would reach another data set.
+    """
+    record = _read()
+    top, dataset = record["best"], record["dataset"]
+    if top is None:
+        raise UserError(f"{RECORD}: no trial finished, so there is no winner to apply")
+    before = load(path)
+    yaml = round_trip()
+    old, plain = path.read_text(), StringIO()
+    tree = yaml.load(old)
+    yaml.dump(tree, plain)
+    for where, value in top["params"].items():
+        section, *fields = where.split(".")
+        if section not in tree:
+            raise UserError(f"{path}: section {section!r} is missing; add it")
+        _put(tree[section]["by_dataset"], dataset, fields, value)
+    text = StringIO()
+    yaml.dump(tree, text)
+    after = build(YAML(typ="safe", pure=True).load(text.getvalue()), path)
+    for where, value in top["params"].items():
+        if value_of(after.cell(dataset), where) != value:
+            section = where.split(".")[0]
+            raise UserError(
+                f"{path}: {section}.by_dataset: an entry after {dataset!r} sets {where} again; move {dataset!r} to the "
+                "end of it, then apply again"
+            )
+    for name, cell in before.cells.items():
+        if name != dataset and after.cells[name] != cell:
+            raise UserError(
+                f"{path}: the values of {dataset} are shared with {name}; give {dataset} an entry of its own first"
+            )
+    broken = _as_broken(old, plain.getvalue(), text.getvalue())
+    write_atomically(path, lambda to: to.write_text(broken))
+    log.info(
+        "%s: %s", path, ", ".join(f"{where} {value}" for where, value in top["params"].items())
+    )
+
+
+def _put(entries: CommentedMap, dataset: str, fields: list[str], value: Value) -> None:
+    """Set one value of a data set's own entry. One that YAML shares (&name, *name) is copied first."""
+    entry = entries.get(dataset)
+    if not isinstance(entry, CommentedMap) or entry.yaml_anchor() is not None:
+        own = CommentedMap(entry or {})
+        own.fa.set_flow_style()
+        entries[dataset] = entry = own
+    for field in fields[:-1]:
+        inner = entry.get(field)
+        entry[field] = entry = CommentedMap(inner or {})
+        entry.fa.set_flow_style()
+    entry[fields[-1]] = value
+
+
+def _as_broken(old: str, plain: str, new: str) -> str:
+    """`new` with the line breaks of `old` wherever it agrees with `plain`, which is `old` as ruamel writes it."""
+    before, after, kept = plain.splitlines(keepends=True), new.splitlines(keepends=True), []
+    at = 0
+    for line in before:
+        begin, need = at, len("".join(line.split()))
+        while need and at < len(old):
+            need -= not old[at].isspace()
+            at += 1
+        at = old.find("\n", at) + 1 or len(old)
+        kept.append(old[begin:at])
+    if "".join(kept) != old or any(a.split() != b.split() for a, b in zip(kept, before, strict=True) if not b.strip()):  # fmt: skip
+        return new
+    parts = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    lines = (kept[a:b] if tag == "equal" else after[c:d] for tag, a, b, c, d in parts)
+    return "".join(line for part in lines for line in part)
+
+
+# The page.
+
+
+def _write_page(path: Path, params: Params, study: optuna.Study, record: dict[str, Any]) -> None:
+    wanted = record["objective"]
+    target = f"{wanted['metric']} of the {NAMES[wanted['policy']]}"
+    visual = optuna.visualization
+    names = list(params.tune.parameters)
+    drawn = [
+        ("History", lambda: visual.plot_optimization_history(study, target_name=target)),
+        ("What mattered", lambda: visual.plot_param_importances(study)),
+        ("Best trial against the default", lambda: _curves(record, target)),
+    ]
+    if len(names) > 1:
+        contour = lambda: visual.plot_contour(study, params=names[:2], target_name=target)  # noqa: E731
+        drawn.insert(2, (f"{names[0]} × {names[1]}", contour))
+    page = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page.filters |= {"number": report.number, "duration": report.duration, "shown": _shown}
+    styles = report.TEMPLATE.read_text().split("<style>")[1].split("</style>")[0]
+    html = page.from_string(TEMPLATE.read_text()).render(
+        record=record,
+        tune=params.tune,
+        target=target,
+        figures=[(title, *_drawn(i, draw)) for i, (title, draw) in enumerate(drawn)],
+        machine=report.machine(),
+        styles=Markup(styles),
+        script=Markup(plotly.offline.get_plotlyjs()),
+        yaml=BEST.name,
+    )
+    write_atomically(path, lambda to: to.write_text(html))
+
+
+def _shown(value: Value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _drawn(number: int, draw: Callable[[], go.Figure]) -> tuple[Markup | None, str]:
+    """A figure as HTML, without the script; or the reason why there is none."""
+    try:
+        figure = draw()
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        return None, str(error)
+    if not figure.data:
+        return None, "too few finished trials"
+    # A grey that reads on white and on black: the page follows the reader's colour scheme.
+    figure.update_layout(
+        template="plotly_white", title=None, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": "#7d8590", "size": 12}, margin={"l": 56, "r": 16, "t": 36, "b": 48}, height=360,
+        legend={"orientation": "h", "y": 1.12},
+    )  # fmt: skip
+    figure.update_xaxes(gridcolor="rgba(128,128,128,0.2)", zeroline=False)
+    figure.update_yaxes(gridcolor="rgba(128,128,128,0.2)", zeroline=False)
+    text = figure.to_html(
+        full_html=False, include_plotlyjs=False, div_id=f"figure{number}",
+        config={"displayModeBar": False, "responsive": True, "showSendToCloud": False},
+    )  # fmt: skip
+    return Markup(text), ""
+
+
+def _curves(record: dict[str, Any], target: str) -> go.Figure:
+    """The objective along the environment steps: mean over the seeds of a trial."""
+    figure, wanted = go.Figure(), record["objective"]
+    numbers = {0: "default", (record["best"] or {"trial": 0})["trial"]: "best"}
+    for number, name in numbers.items():
+        points: dict[int, list[float]] = {}
+        for row in record["trials"][number]["curve"]:
+            if row["policy"] == wanted["policy"] and row[wanted["metric"]] is not None:
+                points.setdefault(row["env_steps"], []).append(row[wanted["metric"]])
+        steps = sorted(points)
+        figure.add_scatter(
+            x=steps, y=[sum(points[at]) / len(points[at]) for at in steps], mode="lines+markers",
+            name=f"trial {number}: {name if number else 'default' if len(numbers) > 1 else 'default, and best'}",
+            line={"color": figures.PALETTE[0 if not number else 2], "width": 2},
+        )  # fmt: skip
+    figure.update_layout(
+        xaxis_title="environment steps", yaxis_title=target, showlegend=True
+    )  # fmt: skip
+    return figure

@@ -1,0 +1,394 @@
+"""A study on the toy data set: real storage, real workers, real kills."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ruamel.yaml import YAML
+
+from modip.config import Params, build, load
+from modip.errors import UserError
+from pipeline import convert, download, pretrain_bc, pretrain_model, resolve, study, training, tune
+from tests.helpers import ROOT, small_tree
+from tests.pipeline.test_end_to_end import Clone
+
+HORIZON = {"type": "int", "low": 1, "high": 4, "log": False}
+TEMPERATURE = {"type": "float", "low": 0.05, "high": 5.0, "log": True}
+
+
+def params_with(**changes: Any) -> Params:
+    tree = small_tree({"modip.explore_std": 0.1})
+    tree["tune"]["parameters"] = {"mppi.horizon": HORIZON, "mppi.temperature": TEMPERATURE}
+    tree["tune"] |= changes
+    return build(tree, Path("params.yaml"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What DVC would have made for three seeds."""
+    folder, params = tmp_path_factory.mktemp("study"), params_with()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for main in (resolve, download, convert):
+            main.body(argparse.Namespace(dataset="toy"), params)
+        for seed in (0, 1, 2):
+            for main in (pretrain_bc, pretrain_model):
+                main.body(argparse.Namespace(dataset="toy", seed=seed), params)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("OPTUNA_STORAGE", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def states(found: optuna.Study) -> dict[str, int]:
+    names = [
+        "infeasible" if "infeasible" in one.user_attrs else one.state.name.lower()
+        for one in found.get_trials()
+    ]
+    return {name: names.count(name) for name in set(names)}
+
+
+def test_a_study_tries_prunes_and_skips_what_does_not_fit(home: Path, tmp_path: Path) -> None:
+    params = params_with(
+        trials=7,
+        parameters={"mppi.horizon": {**HORIZON, "high": 8}, "mppi.temperature": TEMPERATURE},
+        pruner={"type": "hyperband", "min_resource": 12, "reduction_factor": 2},
+    )
+    tune.check(params)
+    found = tune.open_study(params, "whole", home)
+    tune.work(found, tune.search(params), home)
+    counts = states(found)
+    assert counts["complete"] + counts["pruned"] == 7
+    assert counts["pruned"]
+    assert counts["infeasible"]
+    first, *others = found.get_trials()
+    assert first.params == tune.defaults(params)
+    assert first.state == TrialState.COMPLETE
+    for one in others:
+        steps = [row["env_steps"] for row in one.user_attrs.get("curve", [])]
+        if "infeasible" in one.user_attrs:
+            assert "exceeds chunk.horizon 4" in one.user_attrs["infeasible"]
+            assert one.params["mppi.horizon"] > 4
+            assert not steps  # it never ran
+        elif one.state == TrialState.PRUNED:
+            assert max(steps) < params.tune.env_steps
+        else:
+            assert max(steps) >= params.tune.env_steps
+            assert one.value == one.user_attrs["curve"][-1]["return"]  # the planner's, at the end
+    assert not list((home / "scratch").glob("trial*"))
+    study.drop_weights(found)
+    top = study.best(found)
+    assert top is not None
+    assert [path.name for path in study.WEIGHTS.iterdir()] == [f"trial{top.number}"]
+
+    # Asked for more, it goes on; asked again, it does nothing.
+    tune.work(found, tune.search(params), home)
+    assert states(found) == counts
+    more = params.model_copy(update={"tune": params.tune.model_copy(update={"trials": 8})})
+    assert tune.name_of(more) == tune.name_of(params)
+    tune.work(found, tune.search(more), home)
+    assert len(tune.counted(found.get_trials())) == 8
+
+    # On fresh seeds: both settings on each, with the whole budget, judged by the final evaluation.
+    winner = {"mppi.horizon": 2, "mppi.temperature": 1.5}
+    second = tune.open_study(params, "whole-confirm", home)
+    tune.work(second, tune.confirmation(params, winner), home)
+    seen = {(one.params["seed"], one.params["setting"]) for one in second.get_trials()}
+    assert seen == {(s, w) for s in (1, 2) for w in ("default", "winner")}
+    assert {one.user_attrs["curve"][-1]["episodes"] for one in second.get_trials()} == {6}
+    assert all(one.user_attrs["curve"][-1]["env_steps"] >= 60 for one in second.get_trials())
+
+    # The record, the page, the winner.
+    record = study.write(params, found, second.get_trials(), home, tmp_path)
+    assert json.loads((tmp_path / study.RECORD).read_text()) == record
+    rows = record["trials"]
+    assert [row["number"] for row in rows] == list(range(len(found.get_trials())))
+    assert {row["state"] for row in rows} == {"complete", "pruned", "infeasible"}
+    assert record["confirmation"]["seeds"] == [1, 2]
+    best = YAML(typ="safe").load((tmp_path / study.BEST).read_text())
+    assert best["mppi"]["by_dataset"]["toy"]["horizon"] == record["best"]["params"]["mppi.horizon"]
+    page = (tmp_path / study.PAGE).read_text()
+    assert page.count("plotly.js v") == 1
+    assert "Not drawn" not in page
+    for number in range(4):
+        assert f'id="figure{number}"' in page
+    assert (tmp_path / study.KEPT / "0" / "policy" / "manifest.json").is_file()
+
+    # A trial again, from its record.
+    row = next(row for row in rows if row["state"] == "complete" and row["number"])
+    again = optuna.trial.FixedTrial(row["params"], number=row["number"])
+    assert tune.run_trial(again, params, row["params"], "repeat") == row["value"]
+
+
+def _worker(home: Path, name: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.tune", "--worker", name], cwd=home, stderr=subprocess.PIPE
+    )
+
+
+def _save(params: Params, home: Path) -> None:
+    """As the workers read it."""
+    tree = small_tree({"modip.explore_std": 0.1})
+    tree["runtime"]["checkpoint_seconds"] = 0.05
+    tree["tune"] = params.tune.model_dump(mode="json")
+    assert build(tree, Path("params.yaml")).tune == params.tune
+    YAML().dump(tree, home / "params.yaml")
+
+
+@pytest.mark.slow
+def test_a_killed_trial_is_gone_on_with(home: Path) -> None:
+    """The same trials and values as in a study that nobody disturbed, and as many."""
+    params = params_with(trials=2, env_steps=600, episodes=2)
+    _save(params, home)
+    calm = tune.open_study(params, "calm", home)
+    tune.work(calm, tune.search(params), home)
+    victim = _worker(home, "killed")
+    for _ in range(3000):
+        if list((home / "scratch").glob("trial0-*/state/manifest.json")):
+            break
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    hurt = tune.open_study(params, "killed", home)
+    assert [one.state for one in hurt.get_trials()] == [TrialState.RUNNING]
+    said = _worker(home, "killed").communicate(timeout=120)[1].decode()
+    assert "trial 0 lost its worker: going on with it" in said
+    assert "resumed at" in said
+    hurt = tune.open_study(params, "killed", home)
+    assert [one.user_attrs["attempts"] for one in hurt.get_trials()] == [2, 1]
+    told = [[(one.params, one.value) for one in each.get_trials()] for each in (calm, hurt)]
+    assert told[0] == told[1]
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_study(home: Path) -> None:
+    params = params_with(trials=5, env_steps=200)
+    _save(params, home)
+    tune._run_workers(params, "shared", home, 2)
+    found = tune.open_study(params, "shared", home)
+    assert states(found) == {"complete": 5}
+    assert len({one.user_attrs["worker"]["pid"] for one in found.get_trials()}) == 2
+
+
+def test_a_trial_that_kills_every_worker_is_given_up(home: Path) -> None:
+    params = params_with(trials=1)
+    found = tune.open_study(params, "deadly", home)
+    for _ in range(tune.ATTEMPTS):
+        claimed = tune._claim(found, tune.search(params), home)
+        assert claimed is not None
+        claimed[0].set_user_attr("worker", {**tune._me(), "born": "0"})  # its process is gone
+    assert tune._claim(found, tune.search(params), home) is None
+    assert states(found) == {"fail": 1}
+    assert "lost its worker 3 times" in found.get_trials()[0].user_attrs["reason"]
+
+
+def test_a_trial_that_diverges_fails_and_the_study_goes_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = params_with(trials=2)
+    whole = tune.run_trial
+
+    def run(trial: Any, *given: Any) -> float:
+        if trial.number == 1:
+            raise training.DivergedError("policy_loss is nan")
+        return whole(trial, *given)
+
+    monkeypatch.setattr(tune, "run_trial", run)
+    found = tune.open_study(params, "diverges", home)
+    tune.work(found, tune.search(params), home)
+    assert states(found) == {"complete": 1, "fail": 1}
+
+
+def test_several_seeds_are_averaged(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = params_with(seeds=[0, 1], confirm_seeds=[2, 3])
+    monkeypatch.setattr(tune, "_run_seed", lambda params, seed, *given: float(seed))
+    trial = optuna.trial.FixedTrial(tune.defaults(params))
+    assert tune.run_trial(trial, params, tune.defaults(params), "x") == 0.5
+
+
+def test_ranges_that_never_fit_are_the_users_error(home: Path) -> None:
+    wide = {"type": "int", "low": 3, "high": 10**6, "log": False}
+    params = params_with(trials=2, parameters={"mppi.horizon": wide})
+    found = tune.open_study(params, "never", home)
+    kind = tune.search(params)
+    monkey = tune.Kind(kind.wanted, kind.ask, kind.values, lambda trial, values: 1.0)
+    with pytest.raises(UserError, match=r"50 draws in a row .*exceeds chunk.horizon 4.*narrow"):
+        tune.work(found, monkey, home)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown path": ({"parameters": {"mppi.horizn": HORIZON}}, "'mppi.horizn' is unknown: did you mean 'mppi.horizon'"),
+    "not a value": ({"parameters": {"mppi": HORIZON}}, "'mppi' is unknown: .*SECTION.FIELD"),
+    "the budget": ({"parameters": {"modip.env_steps": HORIZON}}, "set tune.env_steps"),
+    "default outside": ({"parameters": {"mppi.horizon": {**HORIZON, "low": 4, "high": 5}}}, r"mppi.horizon: the default of toy \(value 3\)"),
+    "wrong type": ({"parameters": {"mppi.horizon": TEMPERATURE}}, r"default of toy \(value 3\) is not in its range of type float"),
+    "empty range": ({"parameters": {"mppi.horizon": {**HORIZON, "low": 4}}}, "low 4 is not below high 4"),
+    "no logarithm": ({"parameters": {"mppi.penalty": {**TEMPERATURE, "low": 0.0}}}, "no logarithm"),
+    "unknown data set": ({"dataset": "toi"}, "tune.dataset 'toi' is unknown: did you mean 'toy'"),
+    "seeds not fresh": ({"confirm_seeds": [0, 1]}, "confirm_seeds .0, 1. must be fresh"),
+    "starts not its own": ({"first_seed": 10_003}, "tune.first_seed .value 10003"),
+    "pruner beyond the budget": ({"pruner": {"type": "hyperband", "min_resource": 99, "reduction_factor": 2}}, "min_resource 99 exceeds env_steps 48"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_study_is_named_when_params_are_read(name: str) -> None:
+    changes, text = WRONG[name]
+    with pytest.raises(UserError, match=f"^params.yaml: .*{text}"):
+        params_with(**changes)
+
+
+def test_what_pretraining_reads_cannot_be_tuned() -> None:
+    params = params_with(parameters={"critics.discount": {**TEMPERATURE, "low": 0.5, "high": 0.99}})
+    with pytest.raises(UserError, match="pre-training reads it, .* tune values of mppi or modip"):
+        tune.check(params)
+
+
+def test_a_measure_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match=r"metric \(value 'score'\): modip/Toy-v0 has none"):
+        tune.check(params_with(objective={"policy": "dp", "metric": "score"}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"env_steps": 60}, {"episodes": 5}, {"parameters": {"mppi.horizon": HORIZON}}]
+)
+def test_a_study_of_other_trials_is_another_study(changes: dict[str, Any]) -> None:
+    assert tune.name_of(params_with(**changes)) != tune.name_of(params_with())
+    assert tune.name_of(params_with(trials=9)) == tune.name_of(params_with())
+
+
+def test_a_trial_keeps_the_shares_of_its_budget() -> None:
+    cell = tune.trial_params(params_with(env_steps=30), {"mppi.horizon": 2}).cell("toy")
+    assert (cell.modip.env_steps, cell.modip.final_env_steps, cell.mppi.horizon) == (30, 6, 2)
+    whole = tune.confirm_params(params_with(), {"mppi.horizon": 2}).cell("toy")
+    assert (whole.modip.env_steps, whole.evaluation.curve_episodes) == (60, 6)
+    assert whole.evaluation.first_seed == 10_000
+
+
+@pytest.mark.parametrize(
+    ("winner", "default", "says"),
+    [
+        ([1.0, 1.1, 1.2], [0.1, 0.2, 0.25], "better than the default"),
+        ([1.0, 0.1, 1.2], [0.9, 0.2, 0.3], "no better than the default, as far"),
+        ([0.1, 0.2, 0.25], [1.0, 1.1, 1.2], "worse than the default"),
+    ],
+)
+def test_better_is_said_only_with_confidence(
+    winner: list[float], default: list[float], says: str
+) -> None:
+    params = params_with(confirm_seeds=[1, 2, 3])
+    runs = [
+        optuna.trial.create_trial(
+            value=value,
+            params={"setting": setting, "seed": seed},
+            distributions={
+                "setting": optuna.distributions.CategoricalDistribution(["default", "winner"]),
+                "seed": optuna.distributions.CategoricalDistribution([1, 2, 3]),
+            },
+        )
+        for setting, values in (("winner", winner), ("default", default))
+        for seed, value in zip((1, 2, 3), values, strict=True)
+    ]
+    verdict = study._verdict(params, runs)
+    assert study.sentence(True, verdict).startswith(says)
+    assert study.sentence(False, verdict).startswith("no better than the default")
+    assert study.sentence(True, study._verdict(params, runs[:3])).startswith("not confirmed")
+
+
+APPLIED: dict[str, dict[str, Any]] = {
+    "fetch-pick-and-place": {"mppi.horizon": 6, "mppi.temperature": 0.123},
+    "hopper-surrogate-medium": {"mppi.temperature": 0.7, "modip.demo_share.start": 0.4},
+    "pusht-official": {"mppi.horizon": 7},
+}  # with no entry, with one that others share, and with a pattern
+
+
+@pytest.mark.parametrize("dataset", APPLIED)
+def test_the_winner_goes_into_the_file_and_nothing_else_changes(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(shutil.copy(ROOT / "params.yaml", "params.yaml"))
+    before, lines = load(path), path.read_text().splitlines()
+    study.RECORD.parent.mkdir()
+    best = {"trial": 1, "params": APPLIED[dataset]}
+    study.RECORD.write_text(json.dumps({"dataset": dataset, "best": best}))
+    study.apply(path)
+    after, written = load(path), path.read_text().splitlines()
+    for where, value in APPLIED[dataset].items():
+        assert study.value_of(after.cell(dataset), where) == value
+    assert {n for n in after.cells if after.cells[n] != before.cells[n]} == {dataset}
+    comments = [line.strip() for line in lines if line.strip().startswith("#")]
+    assert [line.strip() for line in written if line.strip().startswith("#")] == comments
+    assert len(set(lines) - set(written)) <= 5
+
+
+def test_an_entry_that_a_later_pattern_overrides_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree = small_tree()
+    tree["mppi"]["by_dataset"] = {"toy": {"horizon": 2}, "t*": {"horizon": 1}}
+    YAML().dump(tree, tmp_path / "params.yaml")
+    study.RECORD.parent.mkdir()
+    best = {"trial": 1, "params": {"mppi.horizon": 4}}
+    study.RECORD.write_text(json.dumps({"dataset": "toy", "best": best}))
+    with pytest.raises(UserError, match="an entry after 'toy' sets mppi.horizon again"):
+        study.apply(Path("params.yaml"))
+    assert load(Path("params.yaml")).cell("toy").mppi.horizon == 1
+
+
+def test_without_a_study_there_is_nothing_to_apply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="report/study.json: no such file; `make tune` writes it"):
+        study.apply(ROOT / "params.yaml")
+
+
+@pytest.mark.e2e
+def test_dvc_makes_what_trials_start_from_and_the_users_results_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a copy of the tree with the study's seeds; here up to the stage `resolve`, with the project's own file."""
+    clone = Clone(tmp_path)
+    text = (ROOT / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text)
+    (tmp_path / "data/own/mine.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tune, "pretrain_model", SimpleNamespace(__name__="pipeline.resolve"))
+    for name in ("DVC_NO_ANALYTICS", "DVC_SITE_CACHE_DIR"):
+        monkeypatch.setenv(name, clone.env[name])
+    monkeypatch.delenv("PYTHONPATH")
+    params = load(Path("params.yaml"))
+    made = tmp_path / "scratch" / "tune" / "x"
+    tune.prepare(params, Path("params.yaml"), made, [7, 8])
+    inside = load(made / "params.yaml")
+    assert (inside.dataset, inside.seed) == ((params.tune.dataset,), (7, 8))
+    assert inside.cells == params.cells
+    cells = f"data/cells/{params.tune.dataset}"
+    assert (made / cells / "mppi.json").is_file()
+    assert (made / "data/own/mine.txt").is_file()
+    assert not (tmp_path / cells).exists()
+    assert list((tmp_path / ".dvc/cache/files").rglob("*.dir"))  # the cache is one
+    assert (tmp_path / "params.yaml").read_text() == text
+    assert not os.path.lexists(tmp_path / "dvc.lock")
+    (tmp_path / "params.yaml").write_text(text.replace("    penalty: 1.0", "    penalty: -1.0"))
+    with pytest.raises(UserError, match="`dvc repro` ended with status 255"):
+        tune.prepare(params, Path("params.yaml"), made, [7])
