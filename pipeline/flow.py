@@ -315,7 +315,11 @@ def _run(
     recalled = workspace.recall(root, folder)
     if recalled:
         logger.info("restored: %s", ", ".join(recalled))
-    progress = run_graph(root, folder, params, limits, workspace.has_remote(folder))
+    try:
+        progress = run_graph(root, folder, params, limits, workspace.has_remote(folder))
+    except BaseException:  # cancelled: Prefect waits for the tasks, and they for their children
+        workspace.stop_all()
+        raise
     workspace.commit(root, folder, name, progress.summary())
     publish(root, folder, name)
     text = progress.summary()

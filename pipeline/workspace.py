@@ -91,7 +91,7 @@ def _put(tree: Any, name: str, value: Any) -> None:
 def _yaml() -> YAML:
     yaml = YAML()
     yaml.preserve_quotes = True
-    yaml.width = 4096
+    yaml.width = 120
     return yaml
 
 
@@ -349,7 +349,9 @@ def dvc(
     say: Callable[[str], None],
     seconds: float,
 ) -> None:
-    """A DVC command in `folder`; killed with all it started after `seconds`, and when this process ends."""
+    """A DVC command in `folder`; killed with all it started after `seconds`, by `stop_all`, and with this process."""
+    if _stopping.is_set():
+        raise StageError(STOPPED)
     whole = [sys.executable, "-m", "dvc", "--wait-for-lock", *command]
     child = subprocess.Popen(
         ["/bin/sh", "-c", GUARD, "sh", *whole],
@@ -357,6 +359,7 @@ def dvc(
         stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1, start_new_session=True,
     )  # fmt: skip
     assert child.stdout is not None
+    _groups.add(child.pid)
     late = threading.Event()
 
     def stop() -> None:
@@ -376,11 +379,26 @@ def dvc(
     finally:
         timer.cancel()
         _kill(child.pid)
+        _groups.discard(child.pid)
         child.wait()
+    if _stopping.is_set():
+        raise StageError(STOPPED)
     if late.is_set():
         raise StageError(f"took longer than {seconds / 60:g} minutes, its timeout, and was stopped")
     if status:
         raise failure(status, list(lines))
+
+
+STOPPED = "stopped with its flow run"
+_stopping = threading.Event()
+_groups: set[int] = set()
+
+
+def stop_all() -> None:
+    """Kill every DVC command of this process, and start no other: its flow run was cancelled."""
+    _stopping.set()
+    for group in tuple(_groups):
+        _kill(group)
 
 
 def _kill(group: int) -> None:
