@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check format serve bench robosuite clean env
+.PHONY: help run test check format serve worker bench robosuite clean env
 
 # With ROBOSUITE=1 (make run ROBOSUITE=1), the environment that has robosuite too, and an older NumPy for it.
 VENV := $(if $(ROBOSUITE),.venv-robosuite,.venv)
@@ -41,6 +41,9 @@ format: env ## rewrite the sources as `make check` wants them
 
 serve: env ## Prefect on this machine: server, workers, deployments; prints its address, until Ctrl-C
 	@exec python -m pipeline.serve
+
+worker: env ## workers on this machine for the server at PREFECT_API_URL=http://HOST:4200/api
+	@exec python -m pipeline.serve --worker
 
 bench: env ## timed comparisons, printed and written to report/bench.json
 	@python -m benchmarks

@@ -86,39 +86,62 @@ class Form(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _as_in_params(name: str, one: bool) -> Any:
-    """The default of a field: the list `name` of params.yaml as it stands when a run starts, or its first entry."""
+# Where nothing is said, params.yaml as it stands when a run starts; the form shows it as it stood when it was made.
 
-    def default() -> Any:
-        values = getattr(load(workspace.PARAMS), name)
-        return values[0] if one else list(values)
 
-    def show(schema: dict[str, Any]) -> None:
-        schema["default"] = default()
+def _all(name: str) -> Callable[[], Any]:
+    return lambda: list(getattr(load(workspace.PARAMS), name))
 
-    return {"default_factory": default, "json_schema_extra": show}
+
+def _first(name: str) -> Callable[[], Any]:
+    return lambda: getattr(load(workspace.PARAMS), name)[0]
+
+
+def _show(default: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:
+    return lambda schema: schema.update(default=default())
 
 
 class Matrix(Form):
-    """The cells: every data set with every agent and every seed; as in params.yaml where nothing is said."""
+    """The cells: every data set with every agent and every seed."""
 
     dataset: list[Dataset] = Field(
-        min_length=1, description="data sets, ids of params.yaml", **_as_in_params("dataset", False)
+        default_factory=_all("dataset"),
+        json_schema_extra=_show(_all("dataset")),
+        min_length=1,
+        description="data sets, ids of params.yaml",
     )
     agent: list[Agent] = Field(
-        min_length=1, description="agents; bc is the control", **_as_in_params("agent", False)
+        default_factory=_all("agent"),
+        json_schema_extra=_show(_all("agent")),
+        min_length=1,
+        description="agents; bc is the control",
     )
-    seed: list[Seed] = Field(min_length=1, description="seeds", **_as_in_params("seed", False))
+    seed: list[Seed] = Field(
+        default_factory=_all("seed"),
+        json_schema_extra=_show(_all("seed")),
+        min_length=1,
+        description="seeds",
+    )
 
 
 class Cell(Form):
     """One cell."""
 
     dataset: Dataset = Field(
-        description="data set, an id of params.yaml", **_as_in_params("dataset", True)
+        default_factory=_first("dataset"),
+        json_schema_extra=_show(_first("dataset")),
+        description="data set, an id of params.yaml",
     )
-    agent: Agent = Field(description="agent; bc is the control", **_as_in_params("agent", True))
-    seed: Seed = Field(description="seed of everything random", **_as_in_params("seed", True))
+    agent: Agent = Field(
+        default_factory=_first("agent"),
+        json_schema_extra=_show(_first("agent")),
+        description="agent; bc is the control",
+    )
+    seed: Seed = Field(
+        default_factory=_first("seed"),
+        json_schema_extra=_show(_first("seed")),
+        description="seed of everything random",
+    )
 
 
 class Limits(Form):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,16 +37,26 @@ SILENT = {
 
 def settings(root: Path, host: str, port: int) -> dict[str, str]:
     """The environment of the server on `host`:`port`, of its workers and of their runs."""
-    api = f"http://{host}:{port}/api"
-    home = {"PREFECT_HOME": str(root / HOME / "home"), "MODIP_ROOT": str(root)}
+    seen, here = (socket.gethostname(), "127.0.0.1") if host == "0.0.0.0" else (host, host)
     address = {
-        "PREFECT_API_URL": api,
-        "PREFECT_UI_API_URL": api,  # the page asks port 4200 otherwise, whatever the server's
+        "PREFECT_API_URL": f"http://{here}:{port}/api",
+        # The page asks port 4200 otherwise, whatever the server's.
+        "PREFECT_UI_API_URL": f"http://{seen}:{port}/api",
         "PREFECT_SERVER_API_HOST": host,
         "PREFECT_SERVER_API_PORT": str(port),
-        "MODIP_REPORTS_URL": f"http://{host}:{port + 1}",
+        "MODIP_REPORTS_URL": f"http://{seen}:{port + 1}",
     }
-    return {**SILENT, **home, **os.environ, **address}
+    return {**worker_settings(root), **address}
+
+
+def worker_settings(root: Path) -> dict[str, str]:
+    """The environment of workers in the clone `root`, and of their runs."""
+    return {
+        **SILENT,
+        "PREFECT_HOME": str(root / HOME / "home"),
+        **os.environ,
+        "MODIP_ROOT": str(root),
+    }
 
 
 class Processes:
@@ -142,15 +153,14 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 after Ctrl-C or SIGTERM, 2 after one line `error: ...`."""
     args = parser().parse_args(arguments)
-    env = settings(Path.cwd(), args.host, args.port)
-    if args.worker:
-        if "PREFECT_API_URL" not in os.environ:
-            print(
-                "error: PREFECT_API_URL is not set: name the server, http://HOST:4200/api",
-                file=sys.stderr,
-            )
-            return 2
-        env |= {"PREFECT_API_URL": os.environ["PREFECT_API_URL"]}
+    root = Path.cwd()
+    if args.worker and "PREFECT_API_URL" not in os.environ:
+        print(
+            "error: PREFECT_API_URL is not set: name the server, http://HOST:4200/api",
+            file=sys.stderr,
+        )
+        return 2
+    env = worker_settings(root) if args.worker else settings(root, args.host, args.port)
     running = Processes(env)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -158,7 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workers(running, args.limit)
         else:
             bring_up(running, args.host, args.port, args.limit)
-            print(f"\nPrefect: http://{args.host}:{args.port}   (Ctrl-C ends it)\n", flush=True)
+            print(
+                f"\nPrefect: {env['PREFECT_UI_API_URL'].removesuffix('/api')}   (Ctrl-C ends it)\n",
+                flush=True,
+            )
         running.watch()
     except UserError as error:
         print("error:", error, file=sys.stderr)
