@@ -183,7 +183,9 @@ def run_stage(stage: Stage, folder: Path, place: Place, minutes: float, remote: 
     logger.info("%s on %s, %s", stage.name, socket.gethostname(), place.name)
     try:
         extra = ["--pull"] if remote else []
-        workspace.repro(stage, folder, place.env, logger.info, 60 * minutes, extra)
+        # Weights & Biases' files are for later: they belong into the clone.
+        env = {**place.env, "WANDB_DIR": os.environ.get("WANDB_DIR", os.getcwd())}
+        workspace.repro(stage, folder, env, logger.info, 60 * minutes, extra)
         if remote:
             workspace.dvc(folder, ["push", "--run-cache", stage.name], {}, logger.info, 3600.0)
     except StageError as error:
@@ -347,7 +349,10 @@ def _run(
     publish(root, folder, name)
     text = progress.summary()
     logger.info("%s; git checkout %s%s && dvc checkout", text, workspace.BRANCH, name)
-    return Failed(message=text) if progress.failed else Completed(message=text)
+    if progress.failed:
+        return Failed(message=text)
+    workspace.remove(root, folder)
+    return Completed(message=text)
 
 
 def publish(root: Path, folder: Path, name: str) -> None:

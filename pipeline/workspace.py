@@ -6,7 +6,7 @@ after the other. So each run has a git worktree in scratch/, made from the clone
 included), which shares the clone's DVC cache and run-cache: what any run has computed, every other one restores. The
 choice of cells and values is written into the worktree's params.yaml and committed on the branch `runs/NAME` before
 anything runs; dvc.lock is added to it at the end. `git diff main runs/NAME` shows what was different,
-`git checkout runs/NAME && dvc checkout` brings it back, and the worktree itself may be removed.
+`git checkout runs/NAME && dvc checkout` brings it back. The worktree is removed at the end; that of a run with a failed stage stays, for a look and for its retry.
 """
 
 from __future__ import annotations
@@ -135,6 +135,11 @@ def commit(root: Path, folder: Path, name: str, subject: str) -> None:
     _git(folder, "add", "--all", "--", ".", ":!scratch")
     _git(folder, *_AUTHOR, "commit", "--quiet", "--allow-empty", "--no-verify", "-m", subject)
     _git(root, "branch", "--force", BRANCH + name, _git(folder, "rev-parse", "HEAD"))
+
+
+def remove(root: Path, folder: Path) -> None:
+    """The worktree of a run that is committed and whose outputs are in DVC's cache."""
+    _git(root, "worktree", "remove", "--force", "--force", str(folder))
 
 
 _AUTHOR = (

@@ -235,6 +235,9 @@ def test_a_cell_that_another_run_has_computed_is_restored(served: Served) -> Non
     assert "finetune@toy-modip-1" in served.tasks(run)
     ran = set(re.findall(r"Running stage '([^']+)'", served.said(run)))
     assert ran <= {"resolve@toy", "report"}, ran
+    name = f"{run['name']}-{run['id'][:8]}"
+    assert not (served.clone.folder / "scratch/prefect/runs" / name).exists()
+    assert "finetune@toy-modip-1" in served.git("show", f"runs/{name}:dvc.lock")
 
 
 @pytest.mark.e2e
