@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run tune test check format bench robosuite clean env
+.PHONY: help run tune test check format serve worker bench robosuite clean env
 
 # With ROBOSUITE=1 (make run ROBOSUITE=1), the environment that has robosuite too, and an older NumPy for it.
 VENV := $(if $(ROBOSUITE),.venv-robosuite,.venv)
@@ -42,6 +42,12 @@ check: env ## format, lint and types
 format: env ## rewrite the sources as `make check` wants them
 	@python -m ruff format .
 	@python -m ruff check --fix .
+
+serve: env ## Prefect on this machine: server, workers, deployments; prints its address, until Ctrl-C
+	@exec python -m pipeline.serve
+
+worker: env ## workers on this machine for the server at PREFECT_API_URL=http://HOST:4200/api
+	@exec python -m pipeline.serve --worker
 
 bench: env ## timed comparisons, printed and written to report/bench.json
 	@python -m benchmarks

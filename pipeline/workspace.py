@@ -1,0 +1,465 @@
+"""A run's own working tree, its stages as DVC knows them, and one stage run by DVC.
+
+A run with other parameters needs another params.yaml and another dvc.lock. Editing the clone's own would change the
+user's files and let two runs at once write over each other; `dvc exp run` runs all stages of one experiment itself, one
+after the other. So each run has a git worktree in scratch/, made from the clone as it stands (uncommitted changes
+included), which shares the clone's DVC cache and run-cache: what any run has computed, every other one restores. The
+choice of cells and values is written into the worktree's params.yaml and committed on the branch `runs/NAME` before
+anything runs; dvc.lock is added to it at the end. `git diff main runs/NAME` shows what was different,
+`git checkout runs/NAME && dvc checkout` brings it back. The worktree is removed at the end; that of a run with a failed stage stays, for a look and for its retry.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+
+from modip.agents import AGENTS
+from modip.config import Params, build, unknown
+from modip.errors import UserError
+from pipeline.stage import QUIET
+
+PARAMS = Path("params.yaml")
+HOME = Path("scratch/prefect")
+BRANCH = "runs/"
+CHOSEN = ("dataset", "agent", "seed")
+
+
+# The parameters of a run.
+
+
+def choose(
+    path: Path, choice: Mapping[str, Sequence[Any]], overrides: Mapping[str, Any]
+) -> tuple[Any, Params]:
+    """The tree of `path` with other lists (dataset, agent, seed) and values, for YAML and checked.
+
+    `overrides` maps dotted names to values, as "modip.base.env_steps". Raises UserError as `modip.config.load` does.
+    """
+    tree = _yaml().load(path.read_text())
+    for name, values in choice.items():
+        tree[name] = list(values)
+    for name, value in overrides.items():
+        _put(tree, name, value)
+    plain = YAML(typ="safe", pure=True)
+    params = build(plain.load(_text(tree)), path)
+    for agent in params.agent:
+        if agent not in AGENTS:
+            raise UserError(unknown(f"{path}: agent", agent, AGENTS))
+    return tree, params
+
+
+def _put(tree: Any, name: str, value: Any) -> None:
+    """One value by its dotted name. Every mapping on the way is copied: an alias elsewhere keeps its values."""
+    *way, last = name.split(".")
+    if not way or name in CHOSEN:
+        raise UserError(
+            f"overrides: {name!r} is no dotted name of a value, as in modip.base.env_steps or runtime.device"
+        )
+    at = tree
+    for i, key in enumerate(way):
+        if key not in at and not (i == 2 and way[1] == "by_dataset"):
+            raise UserError(unknown(f"overrides: {name}:", key, tuple(map(str, at))))
+        child = copy.copy(at[key]) if key in at else {}
+        if not isinstance(child, dict):
+            raise UserError(f"overrides: {name}: {'.'.join(way[: i + 1])} holds no other values")
+        if hasattr(child, "yaml_set_anchor"):
+            child.yaml_set_anchor("", always_dump=False)
+        at[key] = child
+        at = child
+    at[last] = value
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 120
+    return yaml
+
+
+def _text(tree: Any) -> str:
+    text = StringIO()
+    _yaml().dump(tree, text)
+    return text.getvalue()
+
+
+# The working tree.
+
+
+def create(root: Path, name: str, tree: Any) -> Path:
+    """The worktree of the run `name` of the clone `root`, with `tree` as params.yaml; that of a run begun before."""
+    folder = root / HOME / "runs" / name
+    branch = BRANCH + name
+    if folder.exists():
+        if _git(root, "branch", "--list", branch):
+            return folder
+        _git(root, "worktree", "remove", "--force", "--force", str(folder))
+    _git(root, "worktree", "add", "--quiet", "--detach", str(folder), _snapshot(root, name))
+    (folder / PARAMS).write_text(_text(tree))
+    shared = root / HOME / "states"  # resumable states, those of an earlier run included
+    shared.mkdir(parents=True, exist_ok=True)
+    (folder / "scratch").symlink_to(shared)
+    own = root / "data" / "own"
+    if own.is_dir():
+        shutil.copytree(own, folder / "data" / "own", copy_function=_link, dirs_exist_ok=True)
+    with Repo(str(root)) as origin, Repo(str(folder)) as repo, repo.config.edit("local") as config:
+        # The effective remotes: a relative path in a configuration file starts from that file's folder.
+        config |= origin.config.load_one("local")
+        config["remote"] = {key: dict(values) for key, values in origin.config["remote"].items()}
+        config.setdefault("cache", {})["dir"] = str(origin.cache.legacy.path)
+        config.setdefault("core", {})["site_cache_dir"] = str(folder / ".dvc" / "tmp" / "site")
+    commit(root, folder, name, "the parameters of this run")
+    return folder
+
+
+def commit(root: Path, folder: Path, name: str, subject: str) -> None:
+    """The branch of the run, at what its worktree holds now."""
+    _git(folder, "add", "--all", "--", ".", ":!scratch")
+    _git(folder, *_AUTHOR, "commit", "--quiet", "--allow-empty", "--no-verify", "-m", subject)
+    _git(root, "branch", "--force", BRANCH + name, _git(folder, "rev-parse", "HEAD"))
+
+
+def remove(root: Path, folder: Path) -> None:
+    """The worktree of a run that is committed and whose outputs are in DVC's cache."""
+    _git(root, "worktree", "remove", "--force", "--force", str(folder))
+
+
+_AUTHOR = (
+    "-c",
+    "user.name=modip",
+    "-c",
+    "user.email=modip@localhost",
+    "-c",
+    "commit.gpgsign=false",
+)
+
+
+def _snapshot(root: Path, name: str) -> str:
+    """A commit of the clone's files as they stand, ignored ones aside. Its index and branch are not touched."""
+    index = root / HOME / f"{name}.index"
+    index.parent.mkdir(parents=True, exist_ok=True)
+    env = {"GIT_INDEX_FILE": str(index)}
+    try:
+        _git(root, "read-tree", "HEAD", env=env)
+        _git(root, "add", "--all", env=env)
+        tree = _git(root, "write-tree", env=env)
+    finally:
+        index.unlink(missing_ok=True)
+    if tree == _git(root, "rev-parse", "HEAD^{tree}"):
+        return _git(root, "rev-parse", "HEAD")
+    return _git(root, *_AUTHOR, "commit-tree", tree, "-p", "HEAD", "-m", "uncommitted changes")
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, or a copy on another file system; what is there already stays."""
+    if os.path.exists(target):
+        return
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _git(folder: Path, *args: str, env: Mapping[str, str] | None = None) -> str:
+    """What git says. Raises UserError with its own words."""
+    done = subprocess.run(
+        ["git", *args], cwd=folder, env={**os.environ, **(env or {})}, capture_output=True, text=True
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"git {args[0]} in {folder}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+# The stages.
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as DVC names it, with the options of its command (dataset, agent, seed) and what it needs."""
+
+    name: str
+    options: Mapping[str, str]
+    needs: frozenset[str]
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition("@")[0]
+
+    @property
+    def trains(self) -> bool:
+        """It works on `runtime.device`: what has a seed trains or judges a policy."""
+        return "seed" in self.options
+
+    @property
+    def gathers(self) -> bool:
+        """It belongs to no cell and takes what there is of all of them."""
+        return "dataset" not in self.options
+
+    @property
+    def tags(self) -> list[str]:
+        return [self.kind, *(f"{key}:{value}" for key, value in self.options.items())]
+
+
+def stages(folder: Path) -> dict[str, Stage]:
+    """Every stage of the DVC repository `folder` by name, in an order in which each follows what it needs."""
+    with Repo(str(folder)) as repo:
+        graph = repo.index.graph  # edges lead from a stage to those it needs
+        found = {
+            one.name: Stage(
+                one.name,  # and not its address, which is relative to the folder that this process is in
+                options(str(one.cmd)),
+                frozenset(other.name for other in graph.successors(one)),
+            )
+            for one in graph
+        }
+    return ordered(found)
+
+
+def options(command: str) -> dict[str, str]:
+    """{name: value} of the options `--name value` of a stage's command."""
+    words = shlex.split(command)
+    return {
+        word[2:]: value
+        for word, value in pairwise(words)
+        if word[:2] == "--" and word[2:] in CHOSEN
+    }
+
+
+def ordered(found: Mapping[str, Stage]) -> dict[str, Stage]:
+    """The same, each after what it needs; otherwise as they came."""
+    result: dict[str, Stage] = {}
+    while len(result) < len(found):
+        ready = [n for n, s in found.items() if n not in result and s.needs <= result.keys()]
+        result |= {name: found[name] for name in ready}
+    return result
+
+
+def recall(root: Path, folder: Path) -> list[str]:
+    """Bring back what DVC's run-cache does not hold, from the newest run that had it. Returns the stages' names.
+
+    DVC keeps no run-cache of a stage with an output that persists or is not cached: without its entry in dvc.lock it
+    would download or convert again in every new worktree.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    with Repo(str(folder)) as repo:
+        missing = {
+            stage.name: [out for out in stage.outs if not out.use_cache]
+            for stage in repo.index.stages
+            if any(out.persist or not (out.use_cache or out.metric) for out in stage.outs)
+        }
+        lock = folder / "dvc.lock"
+        own: dict[str, Any] = {"schema": "2.0", "stages": {}}
+        if lock.is_file():
+            own = yaml.load(lock.read_text())
+        branches = _git(
+            root, "for-each-ref", "--sort=-committerdate", "--format=%(refname)", f"refs/heads/{BRANCH}"
+        )  # fmt: skip
+        recalled = [name for name in missing if name in own["stages"]]
+        for branch in branches.split():
+            wanted = set(missing) - set(recalled)
+            if not wanted:
+                break
+            try:
+                then = yaml.load(_git(root, "show", f"{branch}:dvc.lock"))
+            except UserError:  # a run that ended before its first stage
+                continue
+            for name in sorted(wanted & then["stages"].keys()):
+                own["stages"][name] = then["stages"][name]
+                for out in missing[name]:
+                    with suppress(
+                        UserError
+                    ):  # git has no such file: DVC will see that it is missing
+                        _git(folder, "checkout", branch, "--", os.path.relpath(out.fs_path, folder))
+                recalled.append(name)
+        if recalled:
+            _yaml().dump(own, lock)
+    with Repo(str(folder)) as repo, repo.lock:
+        for stage in repo.index.stages:
+            if stage.name in recalled:
+                stage.checkout(allow_missing=True, force=True)
+    return recalled
+
+
+# One stage.
+
+
+class StageError(Exception):
+    """A stage failed and would fail again; the message is one line."""
+
+
+class CurableError(StageError):
+    """A stage failed for a reason that may be gone the next time."""
+
+
+CURABLE = re.compile(
+    r"Unable to acquire lock|is busy, it is being blocked"
+    r"|connection (refused|reset|aborted|timed out)|ConnectionError|EndpointConnectionError|ConnectTimeout"
+    r"|could not connect|name resolution|failed to (push|pull|fetch|transfer|connect)|\b50[234]\b",
+    re.IGNORECASE,
+)
+"""What DVC and its remotes say when another attempt may succeed."""
+
+HINT = re.compile(
+    r"^To (track the changes|enable auto staging)|^\s+(git add dvc\.lock|dvc config core)|^Use `dvc push`"
+)
+"""What DVC tells a user who works in the folder."""
+
+GUARD = """
+exec 3<&0
+"$@" </dev/null 3<&- & work=$!
+(cat <&3 >/dev/null; kill -KILL 0) 2>/dev/null & watch=$!
+exec 3<&-
+wait $work; status=$?
+kill $watch 2>/dev/null
+exit $status
+"""
+"""Runs a command, and kills its whole process group when standard input ends: so when whoever started it dies, by
+SIGKILL too. A stage left alone would go on writing where its successor writes."""
+
+
+def repro(
+    stage: Stage,
+    folder: Path,
+    env: Mapping[str, str],
+    say: Callable[[str], None],
+    seconds: float,
+    extra: Sequence[str] = (),
+) -> None:
+    """`dvc repro --single-item` of one stage, its lines to `say` as they come. Raises StageError, CurableError."""
+    dvc(folder, ["repro", "--single-item", *extra, stage.name], env, say, seconds)
+
+
+def dvc(
+    folder: Path,
+    command: Sequence[str],
+    env: Mapping[str, str],
+    say: Callable[[str], None],
+    seconds: float,
+) -> None:
+    """A DVC command in `folder`; killed with all it started after `seconds`, by `stop_all`, and with this process."""
+    if _stopping.is_set():
+        raise StageError(STOPPED)
+    whole = [sys.executable, "-m", "dvc", "--wait-for-lock", *command]
+    child = subprocess.Popen(
+        ["/bin/sh", "-c", GUARD, "sh", *whole],
+        cwd=folder, env={**environment(), **env}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1, start_new_session=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    _groups.add(child.pid)
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        _kill(child.pid)
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    lines: deque[str] = deque(maxlen=200)
+    try:
+        for line in child.stdout:
+            if line.strip() and not HINT.search(line):
+                lines.append(line.rstrip())
+                say(line.rstrip())
+        status = child.wait()
+    finally:
+        timer.cancel()
+        _kill(child.pid)
+        _groups.discard(child.pid)
+        child.wait()
+    if _stopping.is_set():
+        raise StageError(STOPPED)
+    if late.is_set():
+        raise StageError(f"took longer than {seconds / 60:g} minutes, its timeout, and was stopped")
+    if status:
+        raise failure(status, list(lines))
+
+
+STOPPED = "stopped with its flow run"
+_stopping = threading.Event()
+_groups: set[int] = set()
+
+
+def stop_all() -> None:
+    """Kill every DVC command of this process, and start no other: its flow run was cancelled."""
+    _stopping.set()
+    for group in tuple(_groups):
+        _kill(group)
+
+
+def _kill(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def environment() -> dict[str, str]:
+    """For the programs of a stage: this interpreter first, one thread unless a stage asks, nobody told."""
+    here = str(Path(sys.executable).parent)
+    path = f"{here}{os.pathsep}{os.environ.get('PATH', '')}"
+    env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **QUIET, **os.environ, "PATH": path}
+    env.pop("PYTHONPATH", None)  # the worktree's own code
+    return env
+
+
+def failure(status: int, lines: Sequence[str]) -> StageError:
+    """What went wrong, from the exit status of DVC and what it and the stage's program said."""
+    own = [line for line in lines if line.startswith("error: ")]
+    if own:  # exit status 2 of our programs: bad input, or training that diverged
+        return StageError(own[-1])
+    text = "\n".join(lines)
+    code = re.search(r"exited with (-?\d+)", text)
+    for number in ([int(code[1])] if code else []) + [status]:
+        if number < 0 or 128 < number <= 192:
+            return CurableError(f"killed by signal {-number if number < 0 else number - 128}")
+    dvc_line = next((line for line in reversed(lines) if line.startswith("ERROR: ")), "")
+    said = [line for line in lines if not line.startswith(("ERROR: ", ">", "Running stage"))]
+    what = said[-1].strip() if code and said else dvc_line or (lines[-1] if lines else "no output")
+    curable = CURABLE.search(text)
+    return (
+        CurableError(what)
+        if curable
+        else StageError(f"{what} (exit status {code[1] if code else status})")
+    )
+
+
+def digest(params: Params, stage: Stage) -> str:
+    """The same for the same stage with the same values in any run: two of them must not train at once."""
+    values = ""
+    if not stage.gathers:
+        values = params.cell(stage.options["dataset"]).model_dump_json(exclude={"runtime"})
+    return hashlib.sha256(f"{stage.name}\n{values}".encode()).hexdigest()[:16]
+
+
+def skipped(found: Iterable[Stage], failed: Mapping[str, str]) -> dict[str, str]:
+    """{stage: the failed one it needs}, in the order of `found`; what gathers takes what there is."""
+    causes: dict[str, str] = {}
+    for stage in found:
+        lost = [name for name in sorted(stage.needs) if name in failed or name in causes]
+        if lost and not stage.gathers:
+            causes[stage.name] = causes.get(lost[0], lost[0])
+    return causes
+
+
+def has_remote(folder: Path) -> bool:
+    """Whether DVC has a default remote there: with one, results travel between machines."""
+    with Repo(str(folder)) as repo:
+        return "remote" in repo.config["core"]

@@ -1,0 +1,250 @@
+"""A server, a worker and the deployments as `make serve` brings them up, and flow runs through them to the end."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from modip.agents import AGENTS
+from pipeline.flow import Cell, Limits, Matrix, Progress
+from pipeline.workspace import Stage
+from tests.helpers import ROOT, small_tree
+from tests.pipeline.test_end_to_end import Clone
+
+# The form and the bookkeeping: no server.
+
+
+def test_the_form_offers_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    schema = Matrix.model_json_schema()["properties"]
+    tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
+    assert schema["dataset"]["items"]["enum"] == list(tree["data"])
+    assert schema["agent"]["items"]["enum"] == list(AGENTS)
+    for name in ("dataset", "agent", "seed"):
+        assert schema[name]["default"] == tree[name]
+        assert schema[name]["description"]
+        assert getattr(Matrix(), name) == tree[name]
+        assert getattr(Cell(), name) == tree[name][0]
+    for model, values, said in (
+        (Matrix, {"dataset": ["toys"]}, "did you mean 'toy'"),
+        (Matrix, {"agent": []}, "at least 1"),
+        (Matrix, {"seed": [-1]}, "greater than or equal to 0"),
+        (Cell, {"agent": "bd"}, "choose one of bc, modip"),
+        (Limits, {"per_gpu": 0}, "greater than or equal to 1"),
+        (Limits, {"minute": 1}, "Extra inputs"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            model.model_validate(values)
+
+
+def _stage(name: str, *needs: str) -> Stage:
+    return Stage(name, {} if name == "report" else {"dataset": name[-1]}, frozenset(needs))
+
+
+def _progress() -> Progress:
+    found = [_stage("get@x"), _stage("get@y"), _stage("run@x", "get@x"), _stage("run@y", "get@y"), _stage("report", "run@x", "run@y")]  # fmt: skip
+    return Progress({stage.name: stage for stage in found})
+
+
+def _step(progress: Progress, failing: str) -> list[str]:
+    """Run all that is ready; `failing` fails."""
+    names = [stage.name for stage in progress.ready()]
+    for name in names:
+        del progress.waiting[name]
+        progress.running[name] = (None, [])  # type: ignore[assignment]
+    for name in names:
+        progress.end(name, "error: bad" if name == failing else None)
+    return names
+
+
+def test_a_failed_cell_leaves_the_others_running() -> None:
+    progress = _progress()
+    steps = [_step(progress, "get@y") for _ in range(3)]
+    assert steps == [["get@x", "get@y"], ["run@x"], ["report"]]
+    assert progress.skipped == {"run@y": "get@y"}
+    assert progress.summary() == "1 of 5 stages failed, 1 skipped for them: get@y: error: bad"
+    progress = _progress()
+    steps = [_step(progress, "") for _ in range(4)]
+    assert steps == [["get@x", "get@y"], ["run@x", "run@y"], ["report"], []]
+    assert progress.summary() == "5 stages up to date"
+
+
+# The real thing.
+
+
+class Served:
+    """`python -m pipeline.serve` in a repository of its own, asked over HTTP."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clone = Clone(folder)
+        shutil.copy(ROOT / "prefect.yaml", folder)
+        self.clone.params = small_tree()
+        own = {"source": "parquet", "env": "modip/Toy-v0", "path": "data/own/absent.parquet"}
+        self.clone.params["data"]["mine"] = own
+        self.clone.save()
+        self.git("add", "-A")
+        self.git("-c", "user.name=t", "-c", "user.email=t@x", "commit", "-qm", "small")
+        self.port = _free_ports()
+        self.log = folder.parent / "serve.log"
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.serve", "--port", str(self.port)],
+                cwd=folder, env=self.clone.env, stdout=out, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        end = time.monotonic() + 120
+        while "Prefect: http" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.2)
+
+    def git(self, *args: str) -> str:
+        done = subprocess.run(
+            ["git", *args], cwd=self.clone.folder, check=True, capture_output=True, text=True
+        )
+        return done.stdout
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        url = f"http://127.0.0.1:{self.port}/api/{path}"
+        answer = requests.get(url, timeout=30) if body is None else requests.post(url, json=body, timeout=30)  # fmt: skip
+        assert answer.ok, answer.text
+        return answer.json()
+
+    def run(self, deployment: str, **parameters: Any) -> dict[str, Any]:
+        """A flow run to its final state."""
+        found = self.ask(f"deployments/name/{deployment}")
+        body = {"parameters": {**found["parameters"], **parameters}}
+        run = self.ask(f"deployments/{found['id']}/create_flow_run", body)
+        end = time.monotonic() + 240
+        while run["state_type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            assert time.monotonic() < end, self.log.read_text()[-5000:]
+            time.sleep(0.3)
+            run = self.ask(f"flow_runs/{run['id']}")
+        return run
+
+    def tasks(self, run: dict[str, Any]) -> dict[str, Any]:
+        found = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+        return {task["name"]: task for task in found}
+
+    def said(self, run: dict[str, Any]) -> str:
+        """All lines of its log; the last ones reach the server a moment after its end."""
+        body = {"logs": {"flow_run_id": {"any_": [run["id"]]}}, "limit": 200}
+        lines: list[str] = []
+        while page := self.ask("logs/filter", {**body, "offset": len(lines), "sort": "TIMESTAMP_ASC"}):  # fmt: skip
+            lines += [row["message"] for row in page]
+        return "\n".join(lines)
+
+
+def _free_ports() -> int:
+    """The first of two neighbouring free ports."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port: int = one.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                two.bind(("127.0.0.1", port + 1))
+                return port
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    made = Served(tmp_path_factory.mktemp("served") / "clone")
+    yield made
+    made.process.terminate()
+    assert made.process.wait(60) == 0, made.log.read_text()[-3000:]
+    left = [p for p in Path("/proc").glob("[0-9]*") if _is_in(p, made.clone.folder)]
+    assert left == []  # nothing survives it
+
+
+def _is_in(process: Path, folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return str((process / "cwd").resolve()).startswith(str(folder.resolve()))
+    return False
+
+
+@pytest.mark.e2e
+def test_a_matrix_runs_to_the_end_and_a_failed_cell_is_named(served: Served) -> None:
+    before = (served.clone.folder / "params.yaml").read_bytes()
+    run = served.run(
+        "benchmark/cpu",
+        matrix={"dataset": ["toy", "mine"], "agent": ["bc", "modip"], "seed": [0, 1]},
+        overrides={"modip.base.explore_std": 0.1},
+    )
+    assert run["state_type"] == "FAILED"
+    message = run["state"]["message"]
+    assert re.match(
+        r"1 of 31 stages failed, 13 skipped for them: download@mine: error: ", message
+    ), message
+    assert "absent.parquet" in message
+    assert "\n" not in message
+    tasks = served.tasks(run)
+    toy = {
+        f"{kind}@toy{item}"
+        for kind, items in (
+            ("resolve", [""]), ("download", [""]), ("convert", [""]),
+            ("pretrain_bc", ["-0", "-1"]), ("pretrain_model", ["-0", "-1"]),
+            ("finetune", ["-bc-0", "-bc-1", "-modip-0", "-modip-1"]),
+            ("evaluate", ["-bc-0", "-bc-1", "-modip-0", "-modip-1"]),
+        )
+        for item in items
+    }  # fmt: skip
+    done = {name for name, task in tasks.items() if task["state_type"] == "COMPLETED"}
+    assert done == toy | {"resolve@mine", "report"}
+    assert tasks.keys() - done == {"download@mine"}
+    assert tasks["download@mine"]["run_count"] == 1  # no retry cures a missing file
+    tags = {"finetune", "dataset:toy", "agent:modip", "seed:1"}
+    assert set(tasks["finetune@toy-modip-1"]["tags"]) == tags
+    said = served.said(run)
+    assert "env steps" in said  # the stage's own progress
+    # The parameters are versioned, and the user's tree is as it was.
+    name = f"{run['name']}-{run['id'][:8]}"
+    used = YAML(typ="safe", pure=True).load(served.git("show", f"runs/{name}:params.yaml"))
+    assert (used["seed"], used["modip"]["base"]["explore_std"]) == ([0, 1], 0.1)
+    assert "finetune@toy-modip-1" in served.git("show", f"runs/{name}:dvc.lock")
+    assert served.git("status", "--porcelain") == ""
+    assert (served.clone.folder / "params.yaml").read_bytes() == before
+    # The report is with the run.
+    found = served.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
+    kinds = {one["key"]: one["type"] for one in found if one["key"]}
+    assert kinds["report"] == "table"
+    assert "image" in kinds.values()
+    page = requests.get(f"http://127.0.0.1:{served.port + 1}/{name}/index.html", timeout=30)
+    assert "MODIP planner" in page.text
+
+
+@pytest.mark.e2e
+def test_a_cell_that_another_run_has_computed_is_restored(served: Served) -> None:
+    run = served.run(
+        "finetune/cpu",
+        cell={"dataset": "toy", "agent": "modip", "seed": 1},
+        overrides={"modip.base.explore_std": 0.1},
+    )
+    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+    assert "finetune@toy-modip-1" in served.tasks(run)
+    ran = set(re.findall(r"Running stage '([^']+)'", served.said(run)))
+    assert ran <= {"resolve@toy", "report"}, ran
+    name = f"{run['name']}-{run['id'][:8]}"
+    assert not (served.clone.folder / "scratch/prefect/runs" / name).exists()
+    assert "finetune@toy-modip-1" in served.git("show", f"runs/{name}:dvc.lock")
+
+
+@pytest.mark.e2e
+def test_wrong_overrides_end_a_run_before_it_begins(served: Served) -> None:
+    before = served.git("branch", "--list", "runs/*")
+    run = served.run("finetune/cpu", overrides={"mppi.base.horizon": 9})
+    assert run["state_type"] == "FAILED"
+    assert re.match(r"error: .*mppi.horizon 9 exceeds chunk.horizon 4", run["state"]["message"])
+    assert served.tasks(run) == {}
+    assert served.git("branch", "--list", "runs/*") == before
