@@ -179,13 +179,13 @@ def test_a_matrix_runs_to_the_end_and_a_failed_cell_is_named(served: Served) -> 
     before = (served.clone.folder / "params.yaml").read_bytes()
     run = served.run(
         "benchmark/cpu",
-        matrix={"dataset": ["toy", "mine"], "agent": ["bc", "modip"], "seed": [0, 1]},
+        matrix={"dataset": ["toy", "mine"], "agent": ["bc", "modip"], "seed": [1]},
         overrides={"modip.base.explore_std": 0.1},
     )
     assert run["state_type"] == "FAILED"
     message = run["state"]["message"]
     assert re.match(
-        r"1 of 31 stages failed, 13 skipped for them: download@mine: error: ", message
+        r"1 of 19 stages failed, 7 skipped for them: download@mine: error: ", message
     ), message
     assert "absent.parquet" in message
     assert "\n" not in message
@@ -194,9 +194,8 @@ def test_a_matrix_runs_to_the_end_and_a_failed_cell_is_named(served: Served) -> 
         f"{kind}@toy{item}"
         for kind, items in (
             ("resolve", [""]), ("download", [""]), ("convert", [""]),
-            ("pretrain_bc", ["-0", "-1"]), ("pretrain_model", ["-0", "-1"]),
-            ("finetune", ["-bc-0", "-bc-1", "-modip-0", "-modip-1"]),
-            ("evaluate", ["-bc-0", "-bc-1", "-modip-0", "-modip-1"]),
+            ("pretrain_bc", ["-1"]), ("pretrain_model", ["-1"]),
+            ("finetune", ["-bc-1", "-modip-1"]), ("evaluate", ["-bc-1", "-modip-1"]),
         )
         for item in items
     }  # fmt: skip
@@ -211,7 +210,7 @@ def test_a_matrix_runs_to_the_end_and_a_failed_cell_is_named(served: Served) -> 
     # The parameters are versioned, and the user's tree is as it was.
     name = f"{run['name']}-{run['id'][:8]}"
     used = YAML(typ="safe", pure=True).load(served.git("show", f"runs/{name}:params.yaml"))
-    assert (used["seed"], used["modip"]["base"]["explore_std"]) == ([0, 1], 0.1)
+    assert (used["seed"], used["modip"]["base"]["explore_std"]) == ([1], 0.1)
     assert "finetune@toy-modip-1" in served.git("show", f"runs/{name}:dvc.lock")
     assert served.git("status", "--porcelain") == ""
     assert (served.clone.folder / "params.yaml").read_bytes() == before
