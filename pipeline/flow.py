@@ -406,3 +406,34 @@ def finetune(cell: Cell, overrides: Overrides, limits: Limits) -> State[Any]:
         limits: how much at once, for how long
     """
     return run({name: [value] for name, value in cell.model_dump().items()}, overrides, limits)
+
+
+@flow(persist_result=False)
+def tune(
+    workers: Annotated[int, Field(ge=1)] = 1, minutes: Annotated[float, Field(gt=0)] = 1440.0
+) -> State[Any]:
+    """The study that the section `tune` of params.yaml describes; run again, it goes on.
+
+    Args:
+        workers: trials side by side on this machine
+        minutes: timeout
+    """
+    root, logger = Path.cwd(), get_run_logger()
+    command = ["pipeline.tune", "--workers", str(workers)]
+    try:
+        workspace.program(root, command, {}, logger.info, 60 * minutes)
+    except StageError as error:
+        return Failed(message=str(error))
+    except BaseException:
+        workspace.stop_all()
+        raise
+    record = json.loads((root / "report" / "study.json").read_text())
+    rows = [{**row, "params": json.dumps(row["params"])} for row in record["trials"]]
+    create_table_artifact(rows, key="study", description="Every trial")
+    page = root / "report" / "study.html"
+    create_markdown_artifact(
+        f"{record['verdict']}\n\nThe study, one file: `{page}`. `python -m pipeline.tune --apply` writes the winner into "
+        "params.yaml.",
+        key="study-files",
+    )
+    return Completed(message=record["verdict"])

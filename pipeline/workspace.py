@@ -354,10 +354,22 @@ def dvc(
     say: Callable[[str], None],
     seconds: float,
 ) -> None:
-    """A DVC command in `folder`; killed with all it started after `seconds`, by `stop_all`, and with this process."""
+    """A DVC command in `folder`, as `program` runs one."""
+    program(folder, ["dvc", "--wait-for-lock", *command], env, say, seconds)
+
+
+def program(
+    folder: Path,
+    module: Sequence[str],
+    env: Mapping[str, str],
+    say: Callable[[str], None],
+    seconds: float,
+) -> None:
+    """`python -m` a module with its arguments in `folder`; killed with all it started after `seconds`, by `stop_all`,
+    and with this process. Raises StageError, CurableError."""
     if _stopping.is_set():
         raise StageError(STOPPED)
-    whole = [sys.executable, "-m", "dvc", "--wait-for-lock", *command]
+    whole = [sys.executable, "-m", *module]
     child = subprocess.Popen(
         ["/bin/sh", "-c", GUARD, "sh", *whole],
         cwd=folder, env={**environment(), **env}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import socket
@@ -247,3 +248,14 @@ def test_wrong_overrides_end_a_run_before_it_begins(served: Served) -> None:
     assert re.match(r"error: .*mppi.horizon 9 exceeds chunk.horizon 4", run["state"]["message"])
     assert served.tasks(run) == {}
     assert served.git("branch", "--list", "runs/*") == before
+
+
+@pytest.mark.e2e
+def test_a_study_runs_as_a_flow(served: Served) -> None:
+    run = served.run("tune/cpu")
+    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+    record = json.loads((served.clone.folder / "report/study.json").read_text())
+    assert run["state"]["message"] == record["verdict"]
+    found = served.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
+    tables = {one["key"]: json.loads(one["data"]) for one in found if one["type"] == "table"}
+    assert [row["number"] for row in tables["study"]] == [row["number"] for row in record["trials"]]
