@@ -85,9 +85,8 @@ def body(args: argparse.Namespace, params: Params) -> None:
     target = EPISODES / f"{args.dataset}.parquet"
     episodes.write(target, found)
     facts = episodes.statistics(episodes.stream(target))
-    if (
-        source.source == "robomimic"
-    ):  # its observations do not show the simulator's state, but the file has it
+    if source.source == "robomimic":
+        # Its observations do not show the simulator's state, but the file has it.
         replayed = list(robomimic.samples(source, root, fidelity.STEPS))
     else:
         replayed = fidelity.sample(episodes.stream(target), facts["steps"], facts["terminated"])

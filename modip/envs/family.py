@@ -107,6 +107,15 @@ class Adapter(gymnasium.Wrapper[Array, Array, Any, Any]):
         return self.observe(raw), reward, bool(terminated), bool(truncated), info
 
 
+class Facts(NamedTuple):
+    """What a family knows of an environment without building it; its actions are in [-1, 1]."""
+
+    obs_dim: int
+    action_dim: int
+    max_episode_steps: int
+    has_success: bool
+
+
 class Outcome(NamedTuple):
     """What n environments answered to one step each."""
 
@@ -148,6 +157,7 @@ class Family:
     `stepper` gives what steps several of its environments.
     `reference` gives D4RL's returns of a random and of an expert policy, where there are such.
     `keys` names the parts of a recorded Dict observation that make the flat one; None: all of them.
+    `facts` spares the building of a simulator that takes hundreds of megabytes, where only its shapes are asked for.
     `obs_note` says which recordings fit, where observations of a wrong width have a likely cause.
     """
 
@@ -161,6 +171,7 @@ class Family:
     reference: Callable[[str], tuple[float, float] | None] = lambda env_id: None
     keys: tuple[str, ...] | None = None
     obs_note: str = ""
+    facts: Callable[[str], Facts] | None = None
 
 
 def versions(packages: tuple[str, ...]) -> str:

@@ -29,7 +29,7 @@ from gymnasium.envs.registration import EnvSpec as GymnasiumSpec
 from numpy.typing import NDArray
 
 from modip.envs import fetch
-from modip.envs.family import Adapter, Array, Family, RawEnv
+from modip.envs.family import Adapter, Array, Facts, Family, RawEnv
 
 TASKS = {
     "microwave-kettle-light-slide": ("microwave", "kettle", "light switch", "slide cabinet"),
@@ -157,4 +157,5 @@ FAMILY = Family(
     reference=lambda env_id: (0.0, 4.0),
     keys=("observation",),
     obs_note=NOTE,
+    facts=lambda env_id: Facts(60 if env_id in D4RL_IDS else 59, 9, STEPS, has_success=True),
 )

@@ -201,3 +201,13 @@ def test_recorded_steps_are_taken_again_as_far_as_noise_lets_them() -> None:
     assert doubt(action) is None
     for wrong in (0.5 * action, np.roll(action, 1, 0)):
         assert "not this simulator's" in str(doubt(wrong))
+
+
+@pytest.mark.parametrize("env_id", kitchen.ENV_IDS)
+def test_what_is_known_without_a_simulator_is_true(env_id: str) -> None:
+    env = BatchedEnv(env_id, 1)
+    assert env.spec == envs.spec(env_id)
+    for known, built in (("low", -1.0), ("high", 1.0)):
+        np.testing.assert_array_equal(getattr(env.spec.bounds, known), built)
+        np.testing.assert_array_equal(getattr(envs.spec(env_id).bounds, known), np.full(9, built))
+    env.close()
