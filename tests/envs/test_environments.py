@@ -274,10 +274,10 @@ def test_toy_success_is_at_the_last_step() -> None:
 
 
 def test_fetch_observation_reward_and_success() -> None:
+    env = BatchedEnv("FetchPickAndPlace-v4", 1)  # which makes the id known to Gymnasium
+    env.reset([0], [4])
     raw = gymnasium.make("FetchPickAndPlace-v4")
     parts = raw.reset(seed=4)[0]
-    env = BatchedEnv("FetchPickAndPlace-v4", 1)
-    env.reset([0], [4])
     assert env.spec.obs_dim == 31
 
     def check(obs: Tensor, parts: Any) -> None:
