@@ -226,11 +226,9 @@ def test_a_matrix_runs_to_the_end_and_a_failed_cell_is_named(served: Served) -> 
 
 @pytest.mark.e2e
 def test_a_cell_that_another_run_has_computed_is_restored(served: Served) -> None:
-    run = served.run(
-        "finetune/cpu",
-        cell={"dataset": "toy", "agent": "modip", "seed": 1},
-        overrides={"modip.base.explore_std": 0.1},
-    )
+    cell = {"dataset": "toy", "agent": "modip", "seed": 1}
+    for _ in range(2):
+        run = served.run("finetune/cpu", cell=cell, overrides={"modip.base.explore_std": 0.1})
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     assert "finetune@toy-modip-1" in served.tasks(run)
     ran = set(re.findall(r"Running stage '([^']+)'", served.said(run)))
