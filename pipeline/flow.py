@@ -1,8 +1,13 @@
-"""The stages as tasks of Prefect: which run, in what order and whether they are up to date is DVC's to say.
+"""The stages as flows and tasks of Prefect: which run, in what order and whether they are up to date is DVC's to say.
 
-A flow run makes a worktree of its own (pipeline.workspace says why), reads the stages and their graph from DVC, and
-runs each as one task, `dvc repro --single-item STAGE`, as soon as what it needs is done and a place is free
-(pipeline.slots). A failed stage takes only what needs it with it.
+`benchmark` and `finetune` make a worktree of their own (pipeline.workspace says why), read the stages and their graph
+from DVC, take from DVC's cache and remote what any run has computed before, and get the data themselves: the files are
+where the run was started. What trains or judges a cell is a job, a flow run of `stages`, which any worker of the pool
+takes, on this machine or another; one that loses its worker goes to the next. Each stage is one task, `dvc repro
+--single-item STAGE`. A failed stage takes only what needs it with it.
+
+Where this flow was killed itself, it begins again: what is computed is restored, and its jobs' flow runs are found again
+by their names.
 """
 
 from __future__ import annotations
@@ -13,12 +18,13 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from queue import Empty, Queue
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
+from uuid import UUID
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import (
@@ -28,139 +34,42 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.deployments import run_deployment
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelling, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic import Field
 
-from modip.agents import AGENTS
 from modip.config import Params, load, unknown
 from modip.errors import UserError
-from pipeline import slots, workspace
+from pipeline import liveness, slots, travel, workspace
+from pipeline.exchange import Exchange, Mirror
+from pipeline.form import Cell, Limits, Matrix, Overrides
+from pipeline.liveness import AWAY, Beat, Watch, beats, revive, why_lost
 from pipeline.slots import Lock, Place
-from pipeline.workspace import CurableError, Stage, StageError
+from pipeline.workspace import CurableError, Job, Stage, StageError
 
-POLL_SECONDS = 0.5
-"""Between two looks at who holds a place."""
+POLL_SECONDS = 1.0
+"""Between two looks at what has ended, and at who holds a place."""
+JOB_SECONDS = 2.0
+"""Between two looks at the jobs' flow runs."""
+PAGE = 100
+"""Flow runs asked for at once; the server gives at most 200."""
 
+LIVING = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
 
-# What a user fills in.
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """Known names: a choice in Prefect's form, asked for when the form is made, checked when a run starts."""
-
-    what: str
-    known: Callable[[], Sequence[str]]
-
-    def check(self, value: str) -> str:
-        known = tuple(self.known())
-        if value not in known:
-            raise ValueError(unknown(self.what, value, known))
-        return value
-
-    def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> Any:
-        return {**handler(core), "enum": list(self.known())}
-
-
-def _datasets() -> Sequence[str]:
-    return tuple(load(workspace.PARAMS).data)
-
-
-DATASET = OneOf("data set", _datasets)
-AGENT = OneOf("agent", lambda: AGENTS)
-Dataset = Annotated[str, AfterValidator(DATASET.check), DATASET]
-Agent = Annotated[str, AfterValidator(AGENT.check), AGENT]
-Seed = Annotated[int, Field(ge=0, le=2_000)]
-Value = bool | int | float | str | list[Any] | dict[str, Any]
-Overrides = dict[str, Value]
-
-
-class Form(BaseModel):
-    """A part of the form; an unknown field is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-# Where nothing is said, params.yaml as it stands when a run starts; the form shows it as it stood when it was made.
-
-
-def _all(name: str) -> Callable[[], Any]:
-    return lambda: list(getattr(load(workspace.PARAMS), name))
-
-
-def _first(name: str) -> Callable[[], Any]:
-    return lambda: getattr(load(workspace.PARAMS), name)[0]
-
-
-def _show(default: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:
-    return lambda schema: schema.update(default=default())
-
-
-class Matrix(Form):
-    """The cells: every data set with every agent and every seed."""
-
-    dataset: list[Dataset] = Field(
-        default_factory=_all("dataset"),
-        json_schema_extra=_show(_all("dataset")),
-        min_length=1,
-        description="data sets, ids of params.yaml",
-    )
-    agent: list[Agent] = Field(
-        default_factory=_all("agent"),
-        json_schema_extra=_show(_all("agent")),
-        min_length=1,
-        description="agents; bc is the control",
-    )
-    seed: list[Seed] = Field(
-        default_factory=_all("seed"),
-        json_schema_extra=_show(_all("seed")),
-        min_length=1,
-        description="seeds",
-    )
-
-
-class Cell(Form):
-    """One cell."""
-
-    dataset: Dataset = Field(
-        default_factory=_first("dataset"),
-        json_schema_extra=_show(_first("dataset")),
-        description="data set, an id of params.yaml",
-    )
-    agent: Agent = Field(
-        default_factory=_first("agent"),
-        json_schema_extra=_show(_first("agent")),
-        description="agent; bc is the control",
-    )
-    seed: Seed = Field(
-        default_factory=_first("seed"),
-        json_schema_extra=_show(_first("seed")),
-        description="seed of everything random",
-    )
-
-
-class Limits(Form):
-    """How many stages run at once on the worker's machine, for how long, and how often a fault is met again."""
-
-    cpu_slots: int = Field(
-        default=0, ge=0, description="stages at once on CPUs; 0: cores divided by runtime.threads"
-    )
-    per_gpu: int = Field(default=1, ge=1, description="stages at once on one GPU")
-    minutes: float = Field(default=1440.0, gt=0, description="timeout of a stage, in minutes")
-    minutes_by_stage: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={}, description='other timeouts, by stage: {"finetune": 600}'
-    )
-    retries: int = Field(
-        default=4, ge=0, description="of a stage that was killed or whose remote did not answer"
-    )
-    retry_seconds: float = Field(
-        default=10.0, gt=0, description="before the first retry; twice as long before each next"
-    )
+T = TypeVar("T")
 
 
 # One stage.
@@ -171,26 +80,75 @@ def curable(_task: Any, _run: Any, state: State[Any]) -> bool:
     return isinstance(state.result(raise_on_failure=False), CurableError)
 
 
+@dataclass(frozen=True)
+class Here:
+    """Where a flow run works: its clone, its worktree of the run `name`, and what it says as it goes."""
+
+    root: Path
+    folder: Path
+    name: str
+    exchange: Exchange
+    limits: Limits
+    beat: Beat
+
+    def path(self, what: str) -> str:
+        """The name of something of this run in the exchange."""
+        return f"runs/{self.name}/{what}"
+
+
 @task(
     task_run_name="{stage.name}",
     persist_result=False,
     cache_policy=NO_CACHE,
     retry_condition_fn=curable,
 )
-def run_stage(stage: Stage, folder: Path, place: Place, minutes: float, remote: bool) -> None:
+def run_stage(stage: Stage, here: Here, place: Place) -> None:
     """One stage by DVC. Raises StageError with what it said last; CurableError is tried again."""
     logger = get_run_logger()
     logger.info("%s on %s, %s", stage.name, socket.gethostname(), place.name)
+
+    def say(line: str) -> None:
+        logger.info("%s", line)
+        here.beat.say(f"{stage.name}: {line}")
+
+    # Weights & Biases' files are for later: they belong into the clone.
+    env = {**place.env, "WANDB_DIR": os.environ.get("WANDB_DIR", str(here.root))}
+    minutes = here.limits.minutes_by_stage.get(stage.kind, here.limits.minutes)
     try:
-        extra = ["--pull"] if remote else []
-        # Weights & Biases' files are for later: they belong into the clone.
-        env = {**place.env, "WANDB_DIR": os.environ.get("WANDB_DIR", os.getcwd())}
-        workspace.repro(stage, folder, env, logger.info, 60 * minutes, extra)
-        if remote:
-            workspace.dvc(folder, ["push", "--run-cache", stage.name], {}, logger.info, 3600.0)
+        with _mirrored(stage, here):
+            workspace.repro(stage, here.folder, env, say, 60 * minutes)
+        if here.exchange.shared:
+            travel.give(here.folder, stage.name)
     except StageError as error:
         logger.error("%s: %s", stage.name, error)
         raise
+
+
+def _mirrored(stage: Stage, here: Here) -> Any:
+    """Its checkpoints to and from the exchange, for a stage that has any."""
+    if not (stage.trains and here.exchange.shared):
+        return nullcontext()
+    return Mirror(here.exchange, here.folder / "scratch", stage, here.limits.mirror_seconds)
+
+
+def attempts(limits: Limits) -> dict[str, Any]:
+    """Options of a task: how often it is tried again."""
+    return {
+        "retries": limits.retries,
+        "retry_delay_seconds": exponential_backoff(limits.retry_seconds),
+        "retry_jitter_factor": 0.3,
+    }
+
+
+def patiently(limits: Limits, action: Callable[[], T]) -> T:
+    """The same for what is no task."""
+    for wait in exponential_backoff(limits.retry_seconds)(limits.retries):
+        try:
+            return action()
+        except CurableError as error:
+            get_run_logger().warning("%s; trying again in %.0f s", error, wait)
+            time.sleep(wait)
+    return action()
 
 
 # The graph.
@@ -198,10 +156,10 @@ def run_stage(stage: Stage, folder: Path, place: Place, minutes: float, remote: 
 
 @dataclass
 class Progress:
-    """What has become of the stages: who runs, and who has ended how."""
+    """What has become of the stages: who waits, who runs, and who has ended how."""
 
     waiting: dict[str, Stage]
-    running: dict[str, tuple[PrefectFuture[Any], list[Lock]]] = field(default_factory=dict)
+    running: set[str] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -216,10 +174,15 @@ class Progress:
             and (not stage.gathers or not lost or self.done)
         ]
 
+    def start(self, name: str) -> None:
+        """A waiting stage runs."""
+        del self.waiting[name]
+        self.running.add(name)
+
     def end(self, name: str, error: str | None) -> None:
-        """A running stage has ended, with `error` or without."""
-        for lock in self.running.pop(name)[1]:
-            lock.release()
+        """A stage has ended, with `error` or without; what needs a failed one will not run."""
+        self.running.discard(name)
+        self.waiting.pop(name, None)
         if error is None:
             self.done.add(name)
             return
@@ -228,6 +191,16 @@ class Progress:
         self.skipped |= causes
         for one in causes:
             del self.waiting[one]
+
+    def end_job(self, job: Job, found: Mapping[str, Any], error: str) -> None:
+        """A job has ended that leaves entries of dvc.lock; its first stage without one failed."""
+        for stage in job.stages:
+            if stage.name in self.running:
+                self.running.discard(stage.name)
+                self.waiting[stage.name] = stage
+        for stage in job.stages:
+            if stage.name in self.waiting:
+                self.end(stage.name, None if stage.name in found else error)
 
     def summary(self) -> str:
         """One line: how many, and each failed one with its reason."""
@@ -240,118 +213,249 @@ class Progress:
         )
 
 
-def places(params: Params, limits: Limits) -> tuple[list[Place], list[Place]]:
-    """Where stages that train run, and where the others do. Raises UserError where the GPU is not there."""
-    runtime = next(iter(params.cells.values())).runtime
-    cpus = slots.cpu_places(runtime.threads, limits.cpu_slots)
-    if not runtime.device.startswith("cuda"):
-        return cpus, cpus
-    return slots.gpu_places(runtime.device, slots.gpus(os.environ), limits.per_gpu), cpus
+class Fleet:
+    """The flow runs of the jobs, wherever they run."""
+
+    def __init__(self, client: SyncPrefectClient, here: Here, cuda: bool) -> None:
+        self._client, self._here = client, here
+        self._deployment = "stages/gpu" if cuda else "stages/cpu"
+        self._jobs: dict[UUID, Job] = {}
+        self._watch, self._looked = Watch(), 0.0
+
+    def submit(self, job: Job, names: Sequence[str]) -> None:
+        """Hand a job out, or find the flow run that an earlier life of this one made for it."""
+        here = self._here
+        lock = here.path(f"{job.key}.lock")
+        if here.exchange.read(lock) is None:
+            here.exchange.write(lock, (here.folder / travel.LOCK).read_bytes())
+        run = run_deployment(
+            self._deployment,
+            parameters={
+                "run": here.name,
+                "job": job.key,
+                "names": list(names),
+                "limits": here.limits.model_dump(),
+            },
+            flow_run_name=job.name.partition("@")[2],
+            tags=[_tag(here.name), *job.stages[-1].tags[1:]],
+            idempotency_key=f"{here.name}/{job.key}",
+            timeout=0,
+        )
+        assert isinstance(run, FlowRun)
+        if run.state is not None and run.state.is_final() and not run.state.is_completed():
+            revive(self._client, run, "the matrix was started again")
+        self._jobs[run.id] = job
+
+    def ended(self) -> list[tuple[Job, State[Any]]]:
+        """Jobs that have come to their end since the last look; lost ones start again."""
+        if not self._jobs or time.monotonic() < self._looked + JOB_SECONDS:
+            return []
+        try:
+            return self._look()
+        except AWAY:  # its heartbeats and ours go on when it is back
+            return []
+        finally:
+            self._looked = time.monotonic()
+
+    def _look(self) -> list[tuple[Job, State[Any]]]:
+        found, wanted = [], list(self._jobs)
+        for i in range(0, len(wanted), PAGE):
+            which = FlowRunFilter(id=FlowRunFilterId(any_=wanted[i : i + PAGE]))
+            runs = self._client.read_flow_runs(flow_run_filter=which)
+            known = beats(self._client, runs)
+            for run in runs:
+                if self._watch.look(run, known.get(run.id)) or run.state_type == StateType.CRASHED:
+                    get_run_logger().warning("%s: %s", run.name, why_lost(run))
+                    revive(self._client, run, why_lost(run))
+                elif run.state is not None and run.state.is_final():
+                    found.append((self._jobs.pop(run.id), run.state))
+        return found
 
 
-def run_graph(root: Path, folder: Path, params: Params, limits: Limits, remote: bool) -> Progress:
-    """Every stage of the worktree, in dependency order, as many at once as there are places."""
-    logger = get_run_logger()
-    progress = Progress(workspace.stages(folder))
-    kinds = tuple(dict.fromkeys(stage.kind for stage in progress.waiting.values()))
+def _tag(name: str) -> str:
+    """What the jobs' flow runs of the run `name` are found by."""
+    return f"run:{name}"
+
+
+def _cancel_jobs(identifier: UUID, name: str) -> None:
+    """Those of the flow run `identifier`, if it was cancelled itself."""
+    with suppress(*AWAY), liveness.client() as api:
+        if api.read_flow_run(identifier).state_type not in (
+            StateType.CANCELLING,
+            StateType.CANCELLED,
+        ):
+            return
+        which = FlowRunFilter(
+            tags=FlowRunFilterTags(all_=[_tag(name)]),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=LIVING)),
+        )
+        while runs := api.read_flow_runs(flow_run_filter=which):
+            for run in runs:
+                api.set_flow_run_state(run.id, Cancelling())
+
+
+def _leave() -> None:
+    """End this process and what it started, and say nothing: its flow run was cancelled, or runs elsewhere by now."""
+    workspace.stop_all()
+    os._exit(0)  # another status would be reported as a crash
+
+
+def run_graph(client: SyncPrefectClient, here: Here, params: Params) -> Progress:
+    """Every stage of the worktree: data and report here, the rest as jobs."""
+    logger, limits = get_run_logger(), here.limits
+    found = workspace.stages(here.folder)
+    kinds = tuple(dict.fromkeys(stage.kind for stage in found.values()))
     for kind in limits.minutes_by_stage:
         if kind not in kinds:
             raise UserError(unknown("limits.minutes_by_stage:", kind, kinds))
-    training, other = places(params, limits)
-    locks, ended = root / workspace.HOME / "locks", Queue[str]()
-    logger.info("%d stages, %d places to train in", len(progress.waiting), len(training))
+    runtime = next(iter(params.cells.values())).runtime
+    progress, tried = Progress(dict(found)), set[str]()
+    jobs = workspace.jobs(found)
+    fleet = Fleet(client, here, runtime.device.startswith("cuda"))
+    local: dict[str, tuple[PrefectFuture[Any], list[Lock]]] = {}
+    places = slots.cpu_places(runtime.threads, 0, "data")
+    logger.info("%d stages, %d jobs", len(found), len(jobs))
     while progress.waiting or progress.running:
+        _restore(here, progress, tried)
         for stage in progress.ready():
-            held = _start_locks(locks, params, stage, training if stage.trains else other)
-            if held is None:
-                continue
-            place, own = held
-            one = run_stage.with_options(
-                tags=stage.tags,
-                retries=limits.retries,
-                retry_delay_seconds=exponential_backoff(limits.retry_seconds),
-                retry_jitter_factor=0.3,
-            )
-            minutes = limits.minutes_by_stage.get(stage.kind, limits.minutes)
-            future = one.submit(stage, folder, place, minutes, remote)
-            del progress.waiting[stage.name]
-            progress.running[stage.name] = (future, own)
-            future.add_done_callback(partial(_tell, ended, stage.name))
+            if not stage.trains and (held := _claim(here, params, stage, places)):
+                future = run_stage.with_options(tags=stage.tags, **attempts(limits)).submit(stage, here, held[0])  # fmt: skip
+                local[stage.name] = (future, held[1])
+                progress.start(stage.name)
+        for job in jobs:
+            names = [stage.name for stage in job.stages if stage.name in progress.waiting]
+            if names and job.needs <= progress.done:
+                patiently(limits, lambda job=job, names=names: fleet.submit(job, names))  # type: ignore[misc]
+                for name in names:
+                    progress.start(name)
         if not progress.running and not progress.ready():
             break  # nothing that gathers has anything to gather
-        try:
-            name = ended.get(timeout=POLL_SECONDS)
-        except Empty:
-            continue
-        future = progress.running[name][0]
-        future.wait()  # until then its state is the one before
-        state = future.state
-        progress.end(name, None if state.is_completed() else fault(state))
+        time.sleep(POLL_SECONDS)
+        for name, (future, locks) in list(local.items()):
+            if future.state.is_final():
+                del local[name]
+                for lock in locks:
+                    lock.release()
+                state = future.state
+                progress.end(name, None if state.is_completed() else fault(state))
+        for job, state in fleet.ended():
+            entries = patiently(limits, lambda job=job: _take(here, job))  # type: ignore[misc]
+            progress.end_job(job, entries, fault(state))
+        here.beat.say(
+            f"{len(progress.done)} of {len(found)} stages; running: {', '.join(sorted(progress.running))}"
+        )
     return progress
 
 
-def fault(state: State[Any]) -> str:
-    """One line: what a task's final state says of its stage."""
-    text = " ".join((state.message or state.name or "failed").split())
-    return re.sub(r"^.*?\b(?:StageError|CurableError): ", "", text)
+def _restore(here: Here, progress: Progress, tried: set[str]) -> None:
+    """What any run has computed from the same inputs. Each is tried once, when all it needs is there."""
+    known = set(progress.done)
+    wanted = []
+    for name, stage in progress.waiting.items():
+        if name not in tried and not stage.gathers and stage.needs <= known:
+            wanted.append(name)
+            known.add(name)
+    if not wanted:
+        return
+    restored = patiently(
+        here.limits, lambda: travel.restore(here.folder, wanted, here.exchange.shared)
+    )
+    for name in restored:
+        progress.end(name, None)
+    tried |= {name for name in wanted if name in {stage.name for stage in progress.ready()}}
+    if restored:
+        get_run_logger().info("restored: %s", ", ".join(restored))
 
 
-def _tell(ended: Queue[str], name: str, _future: PrefectFuture[Any]) -> None:
-    ended.put(name)
+def _take(here: Here, job: Job) -> travel.Entries:
+    """What a job that has ended left, into this worktree: {stage: its entry of dvc.lock}."""
+    text = here.exchange.read(here.path(f"{job.key}.lock")) or b""
+    known = travel.entries(text.decode())
+    found = {stage.name: known[stage.name] for stage in job.stages if stage.name in known}
+    travel.take(here.folder, found, found, here.exchange.shared)
+    return found
 
 
-def _start_locks(
-    folder: Path, params: Params, stage: Stage, where: Sequence[Place]
+def _claim(
+    here: Here, params: Params, stage: Stage, places: Sequence[Place]
 ) -> tuple[Place, list[Lock]] | None:
     """A place, and the right to be the only one at this stage with these values on this machine; or None."""
-    own = slots.try_lock(folder / f"stage-{workspace.digest(params, stage)}.lock")
+    locks = here.root / workspace.HOME / "locks"
+    own = slots.try_lock(locks / f"stage-{workspace.digest(params, stage)}.lock")
     if own is None:
         return None
-    found = slots.try_place(folder, where)
+    found = slots.try_place(locks, places)
     if found is None:
         own.release()
         return None
     return found[0], [own, found[1]]
 
 
+def fault(state: State[Any]) -> str:
+    """One line: what a final state says of its stage."""
+    text = " ".join((state.message or state.name or "failed").split())
+    return re.sub(r"^.*?\b(?:StageError|CurableError|UserError): ", "", text)
+
+
 # The flows.
+
+
+def _guarded(body: Callable[[], State[Any]]) -> State[Any]:
+    """The final state of a flow: bad input and a fault that stays are one line of it."""
+    try:
+        return body()
+    except UserError as error:
+        return Failed(message="error: " + " ".join(str(error).split()))
+    except StageError as error:
+        return Failed(message=str(error))
+    except BaseException:  # cancelled: Prefect waits for the tasks, and they for their children
+        workspace.stop_all()
+        raise
 
 
 def run(
     choice: Mapping[str, Sequence[Any]], overrides: Mapping[str, Any], limits: Limits
 ) -> State[Any]:
-    """The final state of the cells of `choice` with `overrides`; bad input is one line of it."""
-    try:
-        return _run(choice, overrides, limits)
-    except UserError as error:
-        return Failed(message="error: " + " ".join(str(error).split()))
+    """The final state of the cells of `choice` with `overrides`."""
+    return _guarded(lambda: _run(choice, overrides, limits))
 
 
 def _run(
     choice: Mapping[str, Sequence[Any]], overrides: Mapping[str, Any], limits: Limits
 ) -> State[Any]:
     logger = get_run_logger()
-    root = Path.cwd()
-    tree, params = workspace.choose(root / workspace.PARAMS, choice, overrides)
-    places(params, limits)  # raises where the device is missing, before anything is made
-    name = f"{flow_run.name}-{str(flow_run.id)[:8]}"
-    folder = workspace.create(root, name, tree)
+    root, identifier = Path.cwd(), UUID(str(flow_run.id))
+    name = f"{flow_run.name}-{str(identifier)[:8]}"
+    if not workspace.has_branch(root, name):
+        tree, _ = workspace.choose(root / workspace.PARAMS, choice, overrides)
+        workspace.create(root, name, workspace.text_of(tree))
+    folder = root / workspace.HOME / "runs" / name
+    workspace.enter(root, name, folder)
+    params = load(folder / workspace.PARAMS)
     logger.info("parameters: branch %s%s, worktree %s", workspace.BRANCH, name, folder)
-    recalled = workspace.recall(root, folder)
-    if recalled:
-        logger.info("restored: %s", ", ".join(recalled))
-    try:
-        progress = run_graph(root, folder, params, limits, workspace.has_remote(folder))
-    except BaseException:  # cancelled: Prefect waits for the tasks, and they for their children
-        workspace.stop_all()
-        raise
-    workspace.commit(root, folder, name, progress.summary())
-    publish(root, folder, name)
+    exchange = Exchange.open(root)
+
+    def lost() -> None:
+        _cancel_jobs(identifier, name)
+        _leave()
+
+    with liveness.client() as api, Beat(lost) as beat:
+        here = Here(root, folder, name, exchange, limits, beat)
+        bundle = workspace.bundle(root, name)
+        patiently(limits, lambda: exchange.write(here.path("bundle"), bundle))
+        try:
+            progress = run_graph(api, here, params)
+        except BaseException:
+            _cancel_jobs(identifier, name)
+            raise
     text = progress.summary()
+    workspace.commit(root, folder, name, text)
+    publish(root, folder, name)
     logger.info("%s; git checkout %s%s && dvc checkout", text, workspace.BRANCH, name)
     if progress.failed:
         return Failed(message=text)
     workspace.remove(root, folder)
+    patiently(limits, lambda: exchange.remove(f"runs/{name}"))
     return Completed(message=text)
 
 
@@ -391,7 +495,7 @@ def benchmark(matrix: Matrix, overrides: Overrides, limits: Limits) -> State[Any
     Args:
         matrix: the cells to run
         overrides: other values than in params.yaml, by dotted name, checked before anything runs: {"modip.base.env_steps": 4000, "modip.by_dataset.toy.keep": 0.5, "runtime.device": "cuda"}
-        limits: how much at once, for how long
+        limits: for how long, how often again
     """
     return run(matrix.model_dump(), overrides, limits)
 
@@ -403,9 +507,97 @@ def finetune(cell: Cell, overrides: Overrides, limits: Limits) -> State[Any]:
     Args:
         cell: the cell to run
         overrides: other values than in params.yaml, by dotted name, checked before anything runs: {"modip.base.env_steps": 4000, "modip.by_dataset.toy.keep": 0.5, "runtime.device": "cuda"}
-        limits: how much at once, for how long
+        limits: for how long, how often again
     """
     return run({name: [value] for name, value in cell.model_dump().items()}, overrides, limits)
+
+
+@flow(persist_result=False)
+def stages(run: str, job: str, names: list[str], limits: Limits) -> State[Any]:
+    """Some stages of one cell, on whichever worker takes them; `benchmark` and `finetune` ask for it.
+
+    Args:
+        run: the run they belong to
+        job: the last of them, as a file's name
+        names: the stages
+        limits: for how long, how often again
+    """
+    return _guarded(lambda: _stages(run, job, names, limits))
+
+
+def _stages(run: str, job: str, names: Sequence[str], limits: Limits) -> State[Any]:
+    root = Path.cwd()
+    folder = root / workspace.HOME / "runs" / f"{run}.{job}"
+    with Beat(_leave) as beat:
+        here = Here(root, folder, run, Exchange.open(root), limits, beat)
+        params, found, known = patiently(limits, lambda: _prepare(here, job, names))
+        try:
+            with _place(here, params, beat) as place:
+                for stage in found:
+                    if stage.name not in known:
+                        _run_one(stage, here, params, place)
+                        lock = (folder / travel.LOCK).read_bytes()
+                        name = here.path(f"{job}.lock")
+                        patiently(limits, lambda: here.exchange.write(name, lock))  # noqa: B023
+        finally:
+            workspace.remove(root, folder)
+    return Completed(message=f"{len(names)} stages up to date")
+
+
+def _prepare(
+    here: Here, job: str, names: Sequence[str]
+) -> tuple[Params, list[Stage], travel.Entries]:
+    """The worktree with all that the stages need: its parameters, the stages, and what is known of them."""
+    name, exchange = here.name, here.exchange
+    if not workspace.has_branch(here.root, name):
+        found = exchange.read(here.path("bundle"))
+        if found is None:
+            raise UserError(
+                f"{socket.gethostname()}:{here.root}: no run {name} here nor in DVC's remote; set one that the clones of "
+                "all workers share (dvc remote add --default NAME URL)"
+            )
+        workspace.unbundle(here.root, name, found)
+    workspace.enter(here.root, name, here.folder)
+    stages = workspace.stages(here.folder)
+    own = [stages[one] for one in names]
+    known = travel.entries((exchange.read(here.path(f"{job}.lock")) or b"").decode())
+    needed = set().union(*(stage.needs for stage in own)) - (set(names) - known.keys())
+    wanted = [one for one in stages if one in needed or (one in known and one in names)]
+    travel.take(here.folder, known, wanted, exchange.shared)
+    return load(here.folder / workspace.PARAMS), own, known
+
+
+def _run_one(stage: Stage, here: Here, params: Params, place: Place) -> None:
+    """One stage, when no other run on this machine is at the same. Raises StageError."""
+    path = here.root / workspace.HOME / "locks" / f"stage-{workspace.digest(params, stage)}.lock"
+    while (lock := slots.try_lock(path)) is None:
+        here.beat.say(f"{stage.name}: waits for another run that computes the same")
+        time.sleep(POLL_SECONDS)
+    try:
+        one = run_stage.with_options(tags=stage.tags, **attempts(here.limits))
+        state = one(stage, here, place, return_state=True)
+    finally:
+        lock.release()
+    if not state.is_completed():
+        raise StageError(fault(state))
+
+
+@contextmanager
+def _place(here: Here, params: Params, beat: Beat) -> Any:
+    """A GPU's place or a CPU's, of those that this worker hands out. Raises UserError where the GPU is not there."""
+    runtime = next(iter(params.cells.values())).runtime
+    if runtime.device.startswith("cuda"):
+        per_gpu = int(os.environ.get("MODIP_PER_GPU", "1"))
+        places = slots.gpu_places(runtime.device, slots.gpus(os.environ), per_gpu)
+    else:
+        places = slots.cpu_places(runtime.threads, int(os.environ.get("MODIP_CPU_SLOTS", "0")), "cpu")  # fmt: skip
+    while (held := slots.try_place(here.root / workspace.HOME / "locks", places)) is None:
+        beat.say("waits for a place on this machine")
+        time.sleep(POLL_SECONDS)
+    try:
+        yield held[0]
+    finally:
+        held[1].release()
 
 
 @flow(persist_result=False)
@@ -418,15 +610,19 @@ def tune(
         workers: trials side by side on this machine
         minutes: timeout
     """
+    return _guarded(lambda: _tune(workers, minutes))
+
+
+def _tune(workers: int, minutes: float) -> State[Any]:
     root, logger = Path.cwd(), get_run_logger()
     command = ["pipeline.tune", "--workers", str(workers)]
-    try:
-        workspace.program(root, command, {}, logger.info, 60 * minutes)
-    except StageError as error:
-        return Failed(message=str(error))
-    except BaseException:
-        workspace.stop_all()
-        raise
+    with Beat(_leave) as beat:
+
+        def say(line: str) -> None:
+            logger.info("%s", line)
+            beat.say(line)
+
+        workspace.program(root, command, {}, say, 60 * minutes)
     record = json.loads((root / "report" / "study.json").read_text())
     rows = [{**row, "params": json.dumps(row["params"])} for row in record["trials"]]
     create_table_artifact(rows, key="study", description="Every trial")

@@ -68,10 +68,10 @@ def gpus(environ: Mapping[str, str]) -> list[str]:
     return found.stdout.split()
 
 
-def cpu_places(threads: int, slots: int) -> list[Place]:
+def cpu_places(threads: int, slots: int, name: str = "cpu") -> list[Place]:
     """`slots` places, or with 0 as many as this process's cores carry at `threads` each, at least one."""
     number = slots or max(1, len(os.sched_getaffinity(0)) // threads)
-    return [Place(f"cpu-{i}", {}) for i in range(number)]
+    return [Place(f"{name}-{i}", {}) for i in range(number)]
 
 
 def gpu_places(device: str, devices: list[str], per_gpu: int) -> list[Place]:

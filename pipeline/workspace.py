@@ -18,8 +18,10 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +31,7 @@ from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from dvc.repo import Repo
 from ruamel.yaml import YAML
@@ -60,7 +63,7 @@ def choose(
     for name, value in overrides.items():
         _put(tree, name, value)
     plain = YAML(typ="safe", pure=True)
-    params = build(plain.load(_text(tree)), path)
+    params = build(plain.load(text_of(tree)), path)
     for agent in params.agent:
         if agent not in AGENTS:
             raise UserError(unknown(f"{path}: agent", agent, AGENTS))
@@ -95,7 +98,8 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _text(tree: Any) -> str:
+def text_of(tree: Any) -> str:
+    """A tree as YAML."""
     text = StringIO()
     _yaml().dump(tree, text)
     return text.getvalue()
@@ -104,17 +108,64 @@ def _text(tree: Any) -> str:
 # The working tree.
 
 
-def create(root: Path, name: str, tree: Any) -> Path:
-    """The worktree of the run `name` of the clone `root`, with `tree` as params.yaml; that of a run begun before."""
-    folder = root / HOME / "runs" / name
-    branch = BRANCH + name
+def create(root: Path, name: str, text: str) -> None:
+    """The branch of the run `name` of the clone `root`, unless it is there: its files as they stand, ignored ones
+    aside, with `text` as params.yaml. The clone's own index and branch are not touched."""
+    if _git(root, "branch", "--list", BRANCH + name):
+        return
+    index = root / HOME / f"{name}.index"
+    index.parent.mkdir(parents=True, exist_ok=True)
+    env = {"GIT_INDEX_FILE": str(index)}
+    head = _git(root, "rev-parse", "HEAD")
+    try:
+        _git(root, "read-tree", "HEAD", env=env)
+        _git(root, "add", "--all", env=env)
+        tree = _git(root, "write-tree", env=env)
+        if tree != _git(root, "rev-parse", "HEAD^{tree}"):
+            head = _commit(root, tree, head, "uncommitted changes")
+        blob = _git(root, "hash-object", "-w", "--stdin", text=text)
+        _git(root, "update-index", "--cacheinfo", f"100644,{blob},{PARAMS}", env=env)
+        tree = _git(root, "write-tree", env=env)
+    finally:
+        index.unlink(missing_ok=True)
+    _git(root, "branch", BRANCH + name, _commit(root, tree, head, "the parameters of this run"))
+
+
+def bundle(root: Path, name: str) -> bytes:
+    """The branch of the run `name` as a file, for a clone that has the commit it started from."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "bundle")
+        _git(root, "bundle", "create", "--quiet", str(path), BRANCH + name, "--not", "HEAD")
+        return path.read_bytes()
+
+
+def unbundle(root: Path, name: str, found: bytes) -> None:
+    """Take the branch of the run `name` from what `bundle` made. Raises UserError if this clone is too old for it."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(found)
+        file.flush()
+        try:
+            _git(root, "fetch", "--quiet", file.name, f"+{BRANCH}{name}:{BRANCH}{name}")
+        except UserError as error:
+            raise UserError(
+                f"{socket.gethostname()}:{root}: this clone lacks the commit that the run {name} started from; "
+                f"git pull there ({error})"
+            ) from None
+
+
+def has_branch(root: Path, name: str) -> bool:
+    """Whether the clone has the branch of the run `name`."""
+    return bool(_git(root, "branch", "--list", BRANCH + name))
+
+
+def enter(root: Path, name: str, folder: Path) -> None:
+    """A new worktree `folder` at the branch of the run `name`, sharing the clone's cache, remotes and unfinished
+    states. What an earlier, killed one left there is removed: all that was finished is in DVC's cache."""
     if folder.exists():
-        if _git(root, "branch", "--list", branch):
-            return folder
-        _git(root, "worktree", "remove", "--force", "--force", str(folder))
-    _git(root, "worktree", "add", "--quiet", "--detach", str(folder), _snapshot(root, name))
-    (folder / PARAMS).write_text(_text(tree))
-    shared = root / HOME / "states"  # resumable states, those of an earlier run included
+        remove(root, folder)
+    _git(root, "worktree", "prune")
+    _git(root, "worktree", "add", "--quiet", "--detach", str(folder), BRANCH + name)
+    shared = root / HOME / "states"
     shared.mkdir(parents=True, exist_ok=True)
     (folder / "scratch").symlink_to(shared)
     own = root / "data" / "own"
@@ -126,8 +177,6 @@ def create(root: Path, name: str, tree: Any) -> Path:
         config["remote"] = {key: dict(values) for key, values in origin.config["remote"].items()}
         config.setdefault("cache", {})["dir"] = str(origin.cache.legacy.path)
         config.setdefault("core", {})["site_cache_dir"] = str(folder / ".dvc" / "tmp" / "site")
-    commit(root, folder, name, "the parameters of this run")
-    return folder
 
 
 def commit(root: Path, folder: Path, name: str, subject: str) -> None:
@@ -152,20 +201,8 @@ _AUTHOR = (
 )
 
 
-def _snapshot(root: Path, name: str) -> str:
-    """A commit of the clone's files as they stand, ignored ones aside. Its index and branch are not touched."""
-    index = root / HOME / f"{name}.index"
-    index.parent.mkdir(parents=True, exist_ok=True)
-    env = {"GIT_INDEX_FILE": str(index)}
-    try:
-        _git(root, "read-tree", "HEAD", env=env)
-        _git(root, "add", "--all", env=env)
-        tree = _git(root, "write-tree", env=env)
-    finally:
-        index.unlink(missing_ok=True)
-    if tree == _git(root, "rev-parse", "HEAD^{tree}"):
-        return _git(root, "rev-parse", "HEAD")
-    return _git(root, *_AUTHOR, "commit-tree", tree, "-p", "HEAD", "-m", "uncommitted changes")
+def _commit(root: Path, tree: str, parent: str, subject: str) -> str:
+    return _git(root, *_AUTHOR, "commit-tree", tree, "-p", parent, "-m", subject)
 
 
 def _link(source: str, target: str) -> None:
@@ -178,10 +215,12 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _git(folder: Path, *args: str, env: Mapping[str, str] | None = None) -> str:
-    """What git says. Raises UserError with its own words."""
+def _git(
+    folder: Path, *args: str, env: Mapping[str, str] | None = None, text: str | None = None
+) -> str:
+    """What git says, given `text`. Raises UserError with its own words."""
     done = subprocess.run(
-        ["git", *args], cwd=folder, env={**os.environ, **(env or {})}, capture_output=True, text=True
+        ["git", *args], cwd=folder, env={**os.environ, **(env or {})}, input=text, capture_output=True, text=True
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"git {args[0]} in {folder}: {done.stderr.strip()}")
@@ -252,50 +291,55 @@ def ordered(found: Mapping[str, Stage]) -> dict[str, Stage]:
     return result
 
 
-def recall(root: Path, folder: Path) -> list[str]:
-    """Bring back what DVC's run-cache does not hold, from the newest run that had it. Returns the stages' names.
+@dataclass(frozen=True)
+class Job:
+    """Stages that one worker runs, each after what it needs: those that train or judge one cell."""
 
-    DVC keeps no run-cache of a stage with an output that persists or is not cached: without its entry in dvc.lock it
-    would download or convert again in every new worktree.
-    """
-    yaml = YAML(typ="safe", pure=True)
-    with Repo(str(folder)) as repo:
-        missing = {
-            stage.name: [out for out in stage.outs if not out.use_cache]
-            for stage in repo.index.stages
-            if any(out.persist or not (out.use_cache or out.metric) for out in stage.outs)
-        }
-        lock = folder / "dvc.lock"
-        own: dict[str, Any] = {"schema": "2.0", "stages": {}}
-        if lock.is_file():
-            own = yaml.load(lock.read_text())
-        branches = _git(
-            root, "for-each-ref", "--sort=-committerdate", "--format=%(refname)", f"refs/heads/{BRANCH}"
-        )  # fmt: skip
-        recalled = [name for name in missing if name in own["stages"]]
-        for branch in branches.split():
-            wanted = set(missing) - set(recalled)
-            if not wanted:
-                break
-            try:
-                then = yaml.load(_git(root, "show", f"{branch}:dvc.lock"))
-            except UserError:  # a run that ended before its first stage
-                continue
-            for name in sorted(wanted & then["stages"].keys()):
-                own["stages"][name] = then["stages"][name]
-                for out in missing[name]:
-                    with suppress(
-                        UserError
-                    ):  # git has no such file: DVC will see that it is missing
-                        _git(folder, "checkout", branch, "--", os.path.relpath(out.fs_path, folder))
-                recalled.append(name)
-        if recalled:
-            _yaml().dump(own, lock)
-    with Repo(str(folder)) as repo, repo.lock:
-        for stage in repo.index.stages:
-            if stage.name in recalled:
-                stage.checkout(allow_missing=True, force=True)
-    return recalled
+    stages: tuple[Stage, ...]
+
+    @property
+    def name(self) -> str:
+        """The last stage's."""
+        return self.stages[-1].name
+
+    @property
+    def key(self) -> str:
+        """Its name as a file's."""
+        return quote(self.name, safe="@")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Stages of other jobs."""
+        own = {stage.name for stage in self.stages}
+        return frozenset().union(*(stage.needs for stage in self.stages)) - own
+
+
+def jobs(found: Mapping[str, Stage]) -> list[Job]:
+    """Every stage that trains, with those of the same options, and with the job before it where there is no other
+    after that one and it needs no other."""
+    groups: dict[tuple[str, ...], tuple[Stage, ...]] = {}
+    for stage in found.values():
+        if stage.trains:
+            key = tuple(stage.options.values())
+            groups[key] = (*groups.get(key, ()), stage)
+    result = [Job(group) for group in groups.values()]
+    while pair := _chained(result):
+        first, second = pair
+        result[result.index(first)] = Job(first.stages + second.stages)
+        result.remove(second)
+    return result
+
+
+def _chained(found: Sequence[Job]) -> tuple[Job, Job] | None:
+    """Two jobs of which the second is all that follows the first, and the first all that it waits for."""
+    for first in found:
+        own = {stage.name for stage in first.stages}
+        after = [job for job in found if job.needs & own]
+        if len(after) == 1:
+            before = [job for job in found if {s.name for s in job.stages} & after[0].needs]
+            if before == [first]:
+                return first, after[0]
+    return None
 
 
 # One stage.
@@ -469,9 +513,3 @@ def skipped(found: Iterable[Stage], failed: Mapping[str, str]) -> dict[str, str]
         if lost and not stage.gathers:
             causes[stage.name] = causes.get(lost[0], lost[0])
     return causes
-
-
-def has_remote(folder: Path) -> bool:
-    """Whether DVC has a default remote there: with one, results travel between machines."""
-    with Repo(str(folder)) as repo:
-        return "remote" in repo.config["core"]

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from modip.agents import AGENTS
-from pipeline.flow import Cell, Limits, Matrix, Progress
+from pipeline.flow import Progress
+from pipeline.form import Cell, Limits, Matrix
 from pipeline.workspace import Stage
 from tests.helpers import ROOT, small_tree
 from tests.pipeline.test_end_to_end import Clone
@@ -44,7 +45,7 @@ def test_the_form_offers_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
         (Matrix, {"agent": []}, "at least 1"),
         (Matrix, {"seed": [-1]}, "greater than or equal to 0"),
         (Cell, {"agent": "bd"}, "choose one of bc, modip"),
-        (Limits, {"per_gpu": 0}, "greater than or equal to 1"),
+        (Limits, {"retries": -1}, "greater than or equal to 0"),
         (Limits, {"minute": 1}, "Extra inputs"),
     ):
         with pytest.raises(ValidationError, match=said):
@@ -64,8 +65,7 @@ def _step(progress: Progress, failing: str) -> list[str]:
     """Run all that is ready; `failing` fails."""
     names = [stage.name for stage in progress.ready()]
     for name in names:
-        del progress.waiting[name]
-        progress.running[name] = (None, [])  # type: ignore[assignment]
+        progress.start(name)
     for name in names:
         progress.end(name, "error: bad" if name == failing else None)
     return names
@@ -135,13 +135,25 @@ class Served:
             run = self.ask(f"flow_runs/{run['id']}")
         return run
 
+    def name(self, run: dict[str, Any]) -> str:
+        """Of its branch and worktree."""
+        return f"{run['name']}-{run['id'][:8]}"
+
+    def jobs(self, run: dict[str, Any]) -> list[dict[str, Any]]:
+        """The flow runs that it made."""
+        tag = {"tags": {"all_": [f"run:{self.name(run)}"]}}
+        return list(self.ask("flow_runs/filter", {"flow_runs": tag}))
+
     def tasks(self, run: dict[str, Any]) -> dict[str, Any]:
-        found = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
-        return {task["name"]: task for task in found}
+        """The stages that it and its jobs ran, by name."""
+        ids = [one["id"] for one in (run, *self.jobs(run))]
+        found = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": ids}}})
+        return {task["name"]: task for task in found if not task["name"].startswith("stages/")}
 
     def said(self, run: dict[str, Any]) -> str:
-        """All lines of its log; the last ones reach the server a moment after its end."""
-        body = {"logs": {"flow_run_id": {"any_": [run["id"]]}}, "limit": 200}
+        """All lines of its log and its jobs'; the last ones reach the server a moment after its end."""
+        ids = [one["id"] for one in (run, *self.jobs(run))]
+        body = {"logs": {"flow_run_id": {"any_": ids}}, "limit": 200}
         lines: list[str] = []
         while page := self.ask("logs/filter", {**body, "offset": len(lines), "sort": "TIMESTAMP_ASC"}):  # fmt: skip
             lines += [row["message"] for row in page]
@@ -206,10 +218,13 @@ def test_a_matrix_runs_to_the_end_and_a_failed_cell_is_named(served: Served) -> 
     assert tasks["download@mine"]["run_count"] == 1  # no retry cures a missing file
     tags = {"finetune", "dataset:toy", "agent:modip", "seed:1"}
     assert set(tasks["finetune@toy-modip-1"]["tags"]) == tags
+    jobs = {job["name"]: set(job["tags"]) for job in served.jobs(run)}
+    assert jobs.keys() == {"toy-1", "toy-bc-1", "toy-modip-1"}
+    assert {"dataset:toy", "agent:bc", "seed:1"} < jobs["toy-bc-1"]
     said = served.said(run)
     assert "env steps" in said  # the stage's own progress
     # The parameters are versioned, and the user's tree is as it was.
-    name = f"{run['name']}-{run['id'][:8]}"
+    name = served.name(run)
     used = YAML(typ="safe", pure=True).load(served.git("show", f"runs/{name}:params.yaml"))
     assert (used["seed"], used["modip"]["base"]["explore_std"]) == ([1], 0.1)
     assert "finetune@toy-modip-1" in served.git("show", f"runs/{name}:dvc.lock")
@@ -230,10 +245,11 @@ def test_a_cell_that_another_run_has_computed_is_restored(served: Served) -> Non
     for _ in range(2):
         run = served.run("finetune/cpu", cell=cell, overrides={"modip.base.explore_std": 0.1})
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
-    assert "finetune@toy-modip-1" in served.tasks(run)
+    assert served.tasks(run).keys() == {"report"}
+    assert "restored: resolve@toy, download@toy, convert@toy" in served.said(run)
     ran = set(re.findall(r"Running stage '([^']+)'", served.said(run)))
-    assert ran <= {"resolve@toy", "report"}, ran
-    name = f"{run['name']}-{run['id'][:8]}"
+    assert ran <= {"report"}, ran
+    name = served.name(run)
     assert not (served.clone.folder / "scratch/prefect/runs" / name).exists()
     assert "finetune@toy-modip-1" in served.git("show", f"runs/{name}:dvc.lock")
 
