@@ -337,9 +337,6 @@ def _run(
     name = f"{flow_run.name}-{str(flow_run.id)[:8]}"
     folder = workspace.create(root, name, tree)
     logger.info("parameters: branch %s%s, worktree %s", workspace.BRANCH, name, folder)
-    recalled = workspace.recall(root, folder)
-    if recalled:
-        logger.info("restored: %s", ", ".join(recalled))
     try:
         progress = run_graph(root, folder, params, limits, workspace.has_remote(folder))
     except BaseException:  # cancelled: Prefect waits for the tasks, and they for their children

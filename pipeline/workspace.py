@@ -252,52 +252,6 @@ def ordered(found: Mapping[str, Stage]) -> dict[str, Stage]:
     return result
 
 
-def recall(root: Path, folder: Path) -> list[str]:
-    """Bring back what DVC's run-cache does not hold, from the newest run that had it. Returns the stages' names.
-
-    DVC keeps no run-cache of a stage with an output that persists or is not cached: without its entry in dvc.lock it
-    would download or convert again in every new worktree.
-    """
-    yaml = YAML(typ="safe", pure=True)
-    with Repo(str(folder)) as repo:
-        missing = {
-            stage.name: [out for out in stage.outs if not out.use_cache]
-            for stage in repo.index.stages
-            if any(out.persist or not (out.use_cache or out.metric) for out in stage.outs)
-        }
-        lock = folder / "dvc.lock"
-        own: dict[str, Any] = {"schema": "2.0", "stages": {}}
-        if lock.is_file():
-            own = yaml.load(lock.read_text())
-        branches = _git(
-            root, "for-each-ref", "--sort=-committerdate", "--format=%(refname)", f"refs/heads/{BRANCH}"
-        )  # fmt: skip
-        recalled = [name for name in missing if name in own["stages"]]
-        for branch in branches.split():
-            wanted = set(missing) - set(recalled)
-            if not wanted:
-                break
-            try:
-                then = yaml.load(_git(root, "show", f"{branch}:dvc.lock"))
-            except UserError:  # a run that ended before its first stage
-                continue
-            for name in sorted(wanted & then["stages"].keys()):
-                own["stages"][name] = then["stages"][name]
-                for out in missing[name]:
-                    with suppress(
-                        UserError
-                    ):  # git has no such file: DVC will see that it is missing
-                        _git(folder, "checkout", branch, "--", os.path.relpath(out.fs_path, folder))
-                recalled.append(name)
-        if recalled:
-            _yaml().dump(own, lock)
-    with Repo(str(folder)) as repo, repo.lock:
-        for stage in repo.index.stages:
-            if stage.name in recalled:
-                stage.checkout(allow_missing=True, force=True)
-    return recalled
-
-
 # One stage.
 
 
