@@ -1,7 +1,8 @@
 """Gets a data set's source: collects scripted demonstrations, or copies or downloads what params.yaml names.
 
 Writes data/raw/DATASET/: the file or folder under its own name (a local folder stays where it is), and source.json
-with the path to it and its sha256. What a killed download got lies in scratch/downloads/.
+with the path to it and its sha256. Downloads lie in scratch/downloads/, unfinished ones too, and data/raw/ has hard links
+to them (copies on another file system): DVC removes data/raw/DATASET/ before the stage runs again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SCRATCH = Path("scratch/downloads")
 WATCHED = (Path("data/own"), Path("data/samples"))
 """Folders that the stage depends on in dvc.yaml."""
 PARTS = {"lerobot": ("meta/", "data/")}
-"""By `source`: what its converter reads of a repository, where that holds far more (videos)."""
+"""By `source`: how what its converter reads of a repository begins, where that holds far more (videos)."""
 MEGABYTE = 1_000_000
 
 
@@ -54,7 +55,6 @@ def body(args: argparse.Namespace, params: Params) -> None:
         found = _local(args.dataset, origin, into)
         root = Path(found["root"])
     else:
-        parts = PARTS.get(source.source, ("",))
         with _Megabytes(f"{args.dataset}: download") as progress:
             root, sha256 = remote.download(
                 source.path,
@@ -62,7 +62,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
                 SCRATCH,
                 CHECKSUMS,
                 field=f"data.{args.dataset}.path",
-                wanted=lambda path: path.startswith(parts),
+                parts=PARTS.get(source.source, ()),
                 progress=progress,
             )
         found = {"root": str(root), "sha256": sha256}

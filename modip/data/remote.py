@@ -2,7 +2,8 @@
 
 An unfinished file lies beside its target as NAME.part, and in NAME.version the validator that the server gave its
 bytes (RFC 9110: ETag or Last-Modified, sent back as If-Range): a file that has changed upstream starts again from
-its first byte. Every file's sha256 is that of a file of checksums, where it is written down the first time.
+its first byte. Every file's sha256 is that of a file of checksums, where it is written down the first time. What has
+come stays, with its sums, and is given again without a request as long as it has them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import requests
 import urllib3
 
 from modip.errors import UserError
-from modip.files import write_atomically
+from modip.files import write_atomically, write_json
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class File(NamedTuple):
 
     url: str  # its name in the checksums; hf:// whichever mirror it comes from
     address: str  # what is asked for, over HTTP(S)
-    path: str  # its name, or its path below the folder asked for
+    path: str  # below the folder asked for; empty for a file asked for itself
     size: int | None = None  # bytes, where the host's listing tells
     sha256: str | None = None  # where the host tells (LFS)
     version: str = ""  # what the host's listing says of its content
@@ -73,56 +74,119 @@ def download(
     checksums: Path,
     *,
     field: str,
-    wanted: Callable[[str], bool],
+    parts: tuple[str, ...],
     progress: Progress,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Path, str]:
-    """Gets `url` as `into`/NAME, its only content: the file, or the folder of the files whose path is `wanted`.
+    """Gets `url` as `into`/NAME, its only content: the file, or the folder, of which only the files whose path begins
+    with one of `parts` if there are any.
 
-    Gives its path and its sha256; of a folder, that of the sorted lines "sha256  path". Until all is there and
-    verified it lies in `scratch`, in a folder named by the sha256 of the URL. What is there already and as
-    `checksums` want it is not asked for again. `field` (of params.yaml) names the URL in messages.
+    Gives its path and its sha256; of a folder, that of the sorted lines "sha256  path". It lies in `scratch`, in a
+    folder named by the sha256 of what was asked for, and `into` has hard links to it, or copies on another file
+    system. What lies there is not asked for again while every file has its sum of `checksums`, or else the one it came
+    with; others are. `field` (of params.yaml) names the URL in messages.
 
     Raises UserError, with what has come kept for the next run, where the URL cannot be had; and where a file is not
     the one of `checksums`.
     """
     name = PurePosixPath(unquote(urlsplit(url).path)).name
+    folder = scratch / hashlib.sha256("\n".join((url, *parts)).encode()).hexdigest()
     try:
-        kept = _kept(url, into / name, _read(checksums), wanted)
-        if kept is not None:
-            log.info("%s is here already and whole; delete it to get it again", into / name)
-            return into / name, kept
-        client = Client(field, checksums, sleep)
-        files = client.files(url, wanted)
-        # A listing that changed is another version: nothing got before is taken for a part of it.
-        version = hashlib.sha256("".join(file.version for file in files).encode()).hexdigest()
-        folder = scratch / hashlib.sha256(url.encode()).hexdigest()
-        single = files[0].url == url
         with _locked(folder.with_suffix(".lock"), f"another process gets {url}"):
-            root = folder / version / name
             known = _read(checksums)
-            sizes = [file.size or 0 for file in files]
-            _check_space(scratch, sum(sizes) - _size(root), url)
-            sums: dict[str, str] = {}
-            for file, before in zip(files, itertools.accumulate(sizes, initial=0), strict=False):
-
-                def advance(done: int, size: int | None, before: int = before) -> None:
-                    progress(before + done, size if single else sum(sizes))
-
-                target = root if single else root / file.path
-                sums[file.path] = client.fetch(file, target, known.get(file.url), advance)
-            record(checksums, {file.url: sums[file.path] for file in files}, scratch)
+            found = _kept(url, folder, name, known)
+            if found is None:
+                client = Client(field, checksums, sleep)
+                found = _get(client, url, folder, name, known, parts, progress)
+            else:
+                log.info("%s is here already and whole; delete %s to get it again", url, folder)
+            root, sums = found
+            record(checksums, {_url(url, path): sha256 for path, sha256 in sums.items()}, scratch)
             if into.is_dir():
                 shutil.rmtree(into)
-            into.mkdir(parents=True)
-            shutil.move(root, into / name)
-            shutil.rmtree(folder)
+            for path in sums:
+                _link(root / path, into / name / path)
     except OSError as problem:
         raise UserError(
             f"{url}: {problem.filename or scratch}: {problem.strerror or problem}; free disk space or make it "
             "writable, then run again: what has come is kept"
         ) from problem
-    return into / name, sums[name] if single else folder_sha256(sums)
+    return into / name, sums[""] if "" in sums else folder_sha256(sums)
+
+
+def _get(
+    client: Client,
+    url: str,
+    folder: Path,
+    name: str,
+    known: Mapping[str, str],
+    parts: tuple[str, ...],
+    progress: Progress,
+) -> tuple[Path, dict[str, str]]:
+    """Gets what is not yet there as `folder`/VERSION/`name`; gives that and the sha256 by path, as in VERSION.json."""
+    files = client.files(url, lambda path: not parts or path.startswith(parts))
+    # A listing that changed is another version: nothing got before is taken for a part of it.
+    version = hashlib.sha256("".join(file.version for file in files).encode()).hexdigest()
+    root, single = folder / version / name, files[0].path == ""
+    sizes = [file.size or 0 for file in files]
+    _check_space(folder.parent, sum(sizes) - _size(root), url)
+    sums: dict[str, str] = {}
+    for file, before in zip(files, itertools.accumulate(sizes, initial=0), strict=False):
+
+        def advance(done: int, size: int | None, before: int = before) -> None:
+            progress(before + done, size if single else sum(sizes))
+
+        sums[file.path] = client.fetch(file, root / file.path, known.get(file.url), advance)
+    for other in folder.iterdir():
+        if other.is_dir() and other.name != version:
+            shutil.rmtree(other)
+        elif other.suffix == ".json":
+            other.unlink()
+    write_json(folder / f"{version}.json", sums)
+    return root, sums
+
+
+def _kept(
+    url: str, folder: Path, name: str, known: Mapping[str, str]
+) -> tuple[Path, dict[str, str]] | None:
+    """What `_get` gave an earlier run, if all of it is there and whole; files that are not are removed."""
+    for told in folder.glob("*.json"):
+        root = told.with_suffix("") / name
+        sums = {path: known.get(_url(url, path), sha256) for path, sha256 in _read(told).items()}
+        whole = True
+        for path, sha256 in sums.items():
+            file = root / path
+            if file.is_file() and file_sha256(file) != sha256:
+                log.warning("%s: its sha256 is not %s; it is fetched again", file, sha256)
+                _remove(file)
+            whole = whole and file.is_file()
+        if whole:
+            return root, sums
+    return None
+
+
+def _url(url: str, path: str) -> str:
+    """Of a file at a path below what was asked for, as in the checksums."""
+    return f"{url.rstrip('/')}/{path}" if path else url
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy on another file system."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _remove(spoilt: Path) -> None:
+    """Removes a file that DVC's cache may have under another name (its cache.type hardlink).
+
+    DVC takes what is read-only, or as old as when it looked last, for whole: it shall look again.
+    """
+    spoilt.chmod(0o644)
+    os.utime(spoilt)
+    spoilt.unlink()
 
 
 def file_sha256(path: Path) -> str:
@@ -180,7 +244,7 @@ class Client:
                 f"params.yaml: {self._field} (value {url!r}) names no file; give a local file or folder, "
                 "file:///PATH, http(s)://HOST/PATH/NAME or hf://OWNER/REPO[/FOLDER]"
             )
-        return [File(url, url, name)]
+        return [File(url, url, "")]
 
     def _tree(self, url: str, wanted: Callable[[str], bool]) -> list[File]:
         """The Hub's listing of a data set's repository, page by page.
@@ -214,8 +278,7 @@ class Client:
                     raise UserError(f"{url}: {host} lists {whole!r}, which leads out of the folder")
                 if wanted(path):
                     address = f"{host}/datasets/{owner}/{repo}/resolve/main/{quote(whole)}"
-                    name = f"hf://{owner}/{repo}/{whole}"
-                    found.append(File(name, address, path, size, sha256, version))
+                    found.append(File(_url(url, path), address, path, size, sha256, version))
         if not found:
             raise UserError(f"{url}: the listing at {host} has no file for this data set's source")
         return sorted(found, key=lambda file: file.path)
@@ -354,7 +417,7 @@ class _Part:
         if not self.complete:
             with contextlib.suppress(FileNotFoundError):
                 self.validator = self._told.read_text() or None
-        self._file = target.open("rb+") if self.complete else self.path.open("ab+")
+        self._file = target.open("rb") if self.complete else self.path.open("ab+")
         self._file.seek(0)
         self._sum = hashlib.file_digest(self._file, "sha256")
         self.size = self._file.tell()
@@ -386,10 +449,11 @@ class _Part:
             path.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """The part becomes the target."""
+        """The part becomes the target, read-only, since it gets other names."""
         if not self.complete:
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
+            self.path.chmod(0o444)
             self.path.replace(self._target)
             self._told.unlink(missing_ok=True)
 
@@ -457,26 +521,6 @@ def _check_space(folder: Path, needed: int, url: str) -> None:
         )
 
 
-def _kept(
-    url: str, root: Path, known: Mapping[str, str], wanted: Callable[[str], bool]
-) -> str | None:
-    """The sha256 of what an earlier run got, if it is all that `known` has for this URL, and unchanged."""
-    if root.is_file():
-        sha256 = file_sha256(root)
-        return sha256 if known.get(url) == sha256 else None
-    prefix = url.rstrip("/") + "/"
-    told = {
-        name.removeprefix(prefix): sha256
-        for name, sha256 in known.items()
-        if name.startswith(prefix) and wanted(name.removeprefix(prefix))
-    }
-    files = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
-    same = files.keys() == told.keys() and all(
-        file_sha256(files[name]) == told[name] for name in told
-    )
-    return folder_sha256(told) if told and same else None
-
-
 def _size(path: Path) -> int:
     """Bytes of the files in a folder, however deep."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -489,7 +533,9 @@ def _read(checksums: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except ValueError as problem:
-        raise UserError(f"{checksums}: not JSON ({problem}); restore it with git") from problem
+        raise UserError(
+            f"{checksums}: not JSON ({problem}); restore it with git if it is there, or delete it"
+        ) from problem
     if not isinstance(known, dict):
         raise UserError(f"{checksums}: not an object of {{url: sha256}}; restore it with git")
     return known

@@ -6,12 +6,13 @@ import email.utils
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ class Get:
         self.checksums = folder / "checksums.json"
         self.pauses: list[float] = []
         self.progress: list[tuple[int, int | None]] = []
-        self.wanted: Callable[[str], bool] = lambda path: True
+        self.parts: tuple[str, ...] = ()
 
     def __call__(self, url: str) -> bytes:
         """The file's content; also checks its place and its sha256."""
@@ -54,12 +55,13 @@ class Get:
         assert sha256 == hashlib.sha256(content).hexdigest()
         assert self.sums[url] == sha256
         assert [child.name for child in self.into.iterdir()] == [path.name]
-        assert self.left == []
+        assert self.unfinished == []
+        assert self.kept(path.name).samefile(path)  # on the disk once
         return content
 
     def fetch(self, url: str) -> tuple[Path, str]:
         return remote.download(
-            url, self.into, self.scratch, self.checksums, field="data.mine.path", wanted=self.wanted,
+            url, self.into, self.scratch, self.checksums, field="data.mine.path", parts=self.parts,
             progress=lambda *told: self.progress.append(told), sleep=self.pauses.append,
         )  # fmt: skip
 
@@ -71,18 +73,26 @@ class Get:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
+    def forget(self) -> None:
+        """As in another clone, but for the checksums."""
+        shutil.rmtree(self.into)
+        shutil.rmtree(self.scratch)
+
     @property
     def sums(self) -> dict[str, str]:
         found: dict[str, str] = json.loads(self.checksums.read_text())
         return found
 
+    def kept(self, name: str) -> Path:
+        """The file or folder of that name in scratch."""
+        (found,) = self.scratch.glob(f"*/*/{name}")
+        return found
+
     @property
-    def left(self) -> list[str]:
-        """What lies in scratch besides locks."""
+    def unfinished(self) -> list[str]:
+        """What lies in scratch of files that are not there whole."""
         return sorted(
-            path.name
-            for path in self.scratch.rglob("*")
-            if path.is_file() and path.suffix != ".lock"
+            path.name for path in self.scratch.rglob("*") if path.suffix in (".part", ".version")
         )
 
 
@@ -127,7 +137,7 @@ def test_drops_without_progress_end_it(host: Host, get: Get) -> None:
     host.faults = [Fault(after=1000), *(Fault(after=0) for _ in range(10))]
     assert "127.0.0.1" in get.fails(f"{host.url}/sets/hopper.hdf5")
     assert len(host.seen) == 1 + remote.ATTEMPTS - 1
-    assert get.left == ["hopper.hdf5.part", "hopper.hdf5.version"]
+    assert get.unfinished == ["hopper.hdf5.part", "hopper.hdf5.version"]
     host.faults = []
     assert get(f"{host.url}/sets/hopper.hdf5") == BODY
     assert host.sent == len(BODY)
@@ -230,7 +240,7 @@ def test_retry_after(host: Host, get: Get) -> None:
     assert get.pauses[0] == 17.0
     assert 27.0 < get.pauses[1] <= 30.0
     assert get.pauses[2] < 6.0
-    shutil.rmtree(get.into)
+    get.forget()
     host.faults = [Fault(status=429, headers={"Retry-After": "3600"})]
     assert "3600 s; run again then" in get.fails(f"{host.url}/sets/hopper.hdf5")
     assert len(get.pauses) == 3
@@ -297,31 +307,86 @@ def test_a_known_checksum_holds(host: Host, get: Get) -> None:
 def test_a_file_that_has_changed_upstream(host: Host, get: Get) -> None:
     url = f"{host.url}/sets/hopper.hdf5"
     assert get(url) == BODY
-    shutil.rmtree(get.into)
+    get.forget()
     host.files = {"/sets/hopper.hdf5": OTHER}
     message = get.fails(url)
     for body in (BODY, OTHER):
         assert hashlib.sha256(body).hexdigest() in message
     for text in (url, "changed upstream", str(get.checksums)):
         assert text in message
-    assert get.left == []  # the next run starts from nothing
+    assert not any(path.is_file() for path in get.scratch.glob("*/*/*"))  # starts from nothing
     assert get.sums == {url: hashlib.sha256(BODY).hexdigest()}
     get.checksums.write_text("{}")  # the remedy
     assert get(url) == OTHER
 
 
-def test_what_is_there_and_whole_is_not_asked_for(host: Host, get: Get) -> None:
+@pytest.mark.parametrize("checksums", [True, False])
+def test_what_came_once_is_not_asked_for(
+    host: Host, get: Get, caplog: pytest.LogCaptureFixture, checksums: bool
+) -> None:
+    """Judged by the checksums, or where they say nothing by the sum it came with."""
     url = f"{host.url}/sets/hopper.hdf5"
     assert get(url) == BODY
-    host.seen = []
-    assert get(url) == BODY
-    assert host.seen == []
-    (get.into / "hopper.hdf5").write_bytes(OTHER)
+    kept = get.kept("hopper.hdf5")
+    for spoilt, asked in ((None, 0), (OTHER, 1), (BODY[:-1], 1), (None, 0)):
+        shutil.rmtree(get.into)  # as DVC does before the stage runs
+        if not checksums:
+            get.checksums.unlink()
+        if spoilt is not None:
+            kept.unlink()
+            kept.write_bytes(spoilt)
+        host.seen = []
+        caplog.clear()
+        assert get(url) == BODY
+        assert len(host.seen) == asked
+        said = [line for line in caplog.messages if "it is fetched again" in line]
+        assert len(said) == asked
+        assert all(str(kept) in line for line in said)
+    shutil.rmtree(kept.parents[1])  # the remedy that is named
     assert get(url) == BODY
     assert len(host.seen) == 1
-    get.checksums.write_text("{}")  # nothing to judge it by
+
+
+def test_other_checksums_win(host: Host, get: Get) -> None:
+    """Those of a colleague who took the new file."""
+    url = f"{host.url}/sets/hopper.hdf5"
+    assert get(url) == BODY
+    host.files = {"/sets/hopper.hdf5": OTHER}
+    get.checksums.write_text(json.dumps({url: hashlib.sha256(OTHER).hexdigest()}))
+    assert get(url) == OTHER
+    get.checksums.unlink()
+    assert get(url) == OTHER
+    assert len(host.seen) == 2
+
+
+def test_a_second_name_is_safe(host: Host, get: Get) -> None:
+    """What is done to the file given leaves the next one given whole; another file system gets a copy."""
+    url = f"{host.url}/sets/hopper.hdf5"
+    assert get(url) == BODY
+    path = get.into / "hopper.hdf5"
+    assert path.stat().st_mode & 0o222 == 0
+    path.unlink()
+    path.write_bytes(OTHER)
+    assert get(url) == BODY
+    assert len(host.seen) == 1
+    path.chmod(0o644)
+    path.write_bytes(OTHER)  # in spite of being read-only
     assert get(url) == BODY
     assert len(host.seen) == 2
+
+
+def test_another_file_system_gets_a_copy(
+    host: Host, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refused)
+    for _ in range(2):
+        path, _ = get.fetch(f"{host.url}/sets/hopper.hdf5")
+        assert path.read_bytes() == BODY
+        assert not path.samefile(get.kept("hopper.hdf5"))
+    assert len(host.seen) == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
@@ -438,8 +503,7 @@ def hf(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     return host
 
 
-def lerobot(path: str) -> bool:
-    return path.startswith(("meta/", "data/"))
+LEROBOT = ("meta/", "data/")
 
 
 def check(get: Get, root: Path, sha256: str, names: list[str]) -> None:
@@ -447,7 +511,7 @@ def check(get: Get, root: Path, sha256: str, names: list[str]) -> None:
     assert all((root / name).read_bytes() == FILES[name] for name in names)
     lines = [f"{hashlib.sha256(FILES[name]).hexdigest()}  {name}\n" for name in names]
     assert sha256 == hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-    assert get.left == []
+    assert get.unfinished == []
 
 
 @pytest.mark.parametrize("folder", ["v1.5/lift", ""])
@@ -467,27 +531,35 @@ def test_a_folder_of_a_repository(hf: Host, get: Get, folder: str) -> None:
     assert get.progress == sorted(get.progress)
 
 
-def test_a_folder_that_is_there_and_whole_is_not_asked_for(hf: Host, get: Get) -> None:
+def test_a_folder_that_came_once_is_not_asked_for(hf: Host, get: Get) -> None:
     first = get.fetch("hf://me/set/v1.5/lift")
-    hf.seen = []
-    assert get.fetch("hf://me/set/v1.5/lift") == first
-    assert hf.seen == []
-    root = first[0]
-    for spoil in (
-        (root / "README.md").unlink,
-        (root / "new").touch,
-        lambda: (root / "meta" / "info.json").write_text("{!"),
+    kept = get.kept("lift")
+    for spoil, asked in (
+        (lambda: None, []),
+        ((kept / "README.md").unlink, ["README.md"]),
+        ((kept / "new").touch, []),
+        (lambda: (kept / "meta" / "info.json").chmod(0o644), []),
+        (lambda: (kept / "meta" / "info.json").write_text("{!"), ["meta/info.json"]),
+        (get.checksums.unlink, []),
     ):
         spoil()
         hf.seen = []
+        shutil.rmtree(get.into)
         assert get.fetch("hf://me/set/v1.5/lift") == first
-        assert hf.seen != []
         check(get, *first, list(FILES))
+        assert (hf.seen == []) == (asked == [])
+        files = [one.path for one in hf.seen if not one.path.startswith("/api/")]
+        assert files == [f"/datasets/me/set/resolve/main/v1.5/lift/{name}" for name in asked]
+        assert len(get.sums) == len(FILES)
+    get.parts = LEROBOT  # another choice of the same files is asked for
+    hf.seen = []
+    check(get, *get.fetch("hf://me/set/v1.5/lift"), [n for n in FILES if n.startswith(LEROBOT)])
+    assert hf.seen != []
 
 
 def test_a_choice_of_its_files_resumes(hf: Host, get: Get) -> None:
-    get.wanted = lerobot
-    names = [name for name in FILES if lerobot(name)]
+    get.parts = LEROBOT
+    names = [name for name in FILES if name.startswith(LEROBOT)]
     hf.faults = [*[Fault()] * 4, Fault(after=100_000), *[Fault(status=503)] * 9]
     get.fails("hf://me/set/v1.5/lift")  # three pages, the first file, and a part of the second
     hf.faults, hf.seen = [], []
@@ -504,11 +576,12 @@ def test_a_repository_that_changes_between_two_runs(
     """A file that was already here, without a sum in the listing, is got again."""
     hf.faults = [*[Fault()] * 4, Fault(after=100_000), *[Fault(status=503)] * 9]
     get.fails("hf://me/set/v1.5/lift")
-    assert "README.md" in get.left
+    assert len(list(get.scratch.rglob("README.md"))) == 1
     hf.faults = []
     monkeypatch.setitem(FILES, "README.md", b"# SET")
     hub(hf)
     check(get, *get.fetch("hf://me/set/v1.5/lift"), list(FILES))
+    assert len(list(get.scratch.rglob("README.md"))) == 1  # of the version before nothing is kept
 
 
 def test_lfs_sums_are_checked(hf: Host, get: Get) -> None:

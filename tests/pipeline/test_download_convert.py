@@ -26,6 +26,8 @@ from modip.config import SECTIONS
 from modip.data import episodes, parquet
 from modip.data.episodes import Recording
 from pipeline import convert, download, stage
+from tests.helpers import episodes as toy_episodes
+from tests.pipeline.test_end_to_end import Clone
 from tests.web import Fault, Host, serving
 
 ROOT = Path(__file__).parents[2]
@@ -203,9 +205,12 @@ def test_a_download_under_a_nested_id(folder: Path, program: Program, host: Host
     made = episodes.read(folder / "data" / "episodes" / "d4rl" / "hopper-medium-v2.parquet")
     assert made.info.sha256 == sha256
     host.files = {"/v2/hopper.parquet": b"another"}
+    shutil.rmtree(folder / "data" / "raw")
     status, stderr = program(download, "d4rl/hopper-medium-v2")  # here and whole: not asked for
     assert status == 0, stderr
-    shutil.rmtree(folder / "data" / "raw")
+    assert len(host.seen) == 1
+    assert told(folder, "d4rl/hopper-medium-v2") == record
+    shutil.rmtree(folder / "scratch")
     line = error_line(*program(download, "d4rl/hopper-medium-v2"))
     assert "changed upstream" in line
     assert "data/checksums.json" in line
@@ -244,7 +249,54 @@ def test_a_killed_download_goes_on(folder: Path, program: Program, host: Host) -
     assert host.seen[-1].range == f"bytes={kept}-"
     assert host.seen[-1].sent == size - kept
     assert (folder / "data/raw/far/hopper.parquet").read_bytes() == HOPPER.read_bytes()
-    assert [path for path in scratch.rglob("*") if path.suffix != ".lock"] == []
+    assert list(scratch.rglob("*.part")) == []
+
+
+@pytest.mark.e2e
+def test_another_clone_restores_what_one_has_got(tmp_path: Path, host: Host) -> None:
+    """A stage that is forced asks nobody, and a spoilt download is noticed, also where DVC's cache is the same file."""
+    episodes.write(tmp_path / "far.parquet", toy_episodes().recording)
+    body = host.files["/far.parquet"] = (tmp_path / "far.parquet").read_bytes()
+    clones = []
+    for name in ("one", "two"):
+        clone = Clone(tmp_path / name)
+        clone.env["no_proxy"] = "127.0.0.1"
+        clone.params["dataset"] = ["far"]
+        source = {"source": "parquet", "env": "modip/Toy-v0", "path": f"{host.url}/far.parquet"}
+        clone.params["data"]["far"] = source
+        clone.save()
+        settings = f"[cache]\n    dir = {tmp_path / 'cache'}\n    type = hardlink\n"
+        (clone.folder / ".dvc" / "config.local").write_text(settings)
+        clones.append(clone)
+    one, two = clones
+    stages = {"download@far", "convert@far"}
+    ran, text = one.repro("convert")
+    assert ran >= stages, text
+    ran, text = two.repro("convert")
+    assert not ran & stages, text
+    assert not (two.folder / "scratch").exists()
+    for name in ("raw/far/far.parquet", "episodes/far.parquet", "episodes/far.json", "episodes/far.about.json"):  # fmt: skip
+        assert (two.folder / "data" / name).read_bytes() == (
+            one.folder / "data" / name
+        ).read_bytes()
+    ran, text = one.repro("-f", "-s", "download@far")
+    assert ran == {"download@far"}, text
+    assert len(host.seen) == 1
+    (kept,) = (one.folder / "scratch" / "downloads").rglob("far.parquet")
+    raw = one.folder / "data" / "raw" / "far" / "far.parquet"
+    assert kept.samefile(raw)
+    mode = kept.stat().st_mode
+    kept.chmod(0o644)
+    kept.write_bytes(bytes(len(body)))
+    kept.chmod(mode)
+    ran, text = one.repro("-f", "-s", "download@far")
+    assert "it is fetched again" in text
+    assert len(host.seen) == 2
+    assert raw.read_bytes() == kept.read_bytes() == body
+    shutil.rmtree(two.folder / "data" / "raw")
+    ran, text = two.repro("convert")
+    assert not ran & stages, text
+    assert (two.folder / "data" / "raw" / "far" / "far.parquet").read_bytes() == body
 
 
 def test_a_local_file_keeps_its_name(folder: Path, program: Program) -> None:
