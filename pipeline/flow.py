@@ -20,7 +20,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -54,9 +54,10 @@ from pydantic import Field
 from modip.config import Params, load, unknown
 from modip.errors import UserError
 from pipeline import liveness, slots, travel, workspace
-from pipeline.exchange import Exchange, Mirror
+from pipeline.exchange import Exchange
 from pipeline.form import Cell, Limits, Matrix, Overrides
 from pipeline.liveness import AWAY, Beat, Watch, beats, revive, why_lost
+from pipeline.mirror import Mirror, jobs
 from pipeline.slots import Lock, Place
 from pipeline.workspace import CurableError, Job, Stage, StageError
 
@@ -102,7 +103,7 @@ class Here:
     cache_policy=NO_CACHE,
     retry_condition_fn=curable,
 )
-def run_stage(stage: Stage, here: Here, place: Place) -> None:
+def run_stage(stage: Stage, here: Here, params: Params, place: Place) -> None:
     """One stage by DVC. Raises StageError with what it said last; CurableError is tried again."""
     logger = get_run_logger()
     logger.info("%s on %s, %s", stage.name, socket.gethostname(), place.name)
@@ -115,20 +116,14 @@ def run_stage(stage: Stage, here: Here, place: Place) -> None:
     env = {**place.env, "WANDB_DIR": os.environ.get("WANDB_DIR", str(here.root))}
     minutes = here.limits.minutes_by_stage.get(stage.kind, here.limits.minutes)
     try:
-        with _mirrored(stage, here):
+        states = f"states/{workspace.digest(params, stage)}"
+        with Mirror(here.exchange, states, here.folder / "scratch", jobs(stage), here.limits.mirror_seconds, say):  # fmt: skip
             workspace.repro(stage, here.folder, env, say, 60 * minutes)
         if here.exchange.shared:
             travel.give(here.folder, stage.name)
     except StageError as error:
         logger.error("%s: %s", stage.name, error)
         raise
-
-
-def _mirrored(stage: Stage, here: Here) -> Any:
-    """Its checkpoints to and from the exchange, for a stage that has any."""
-    if not (stage.trains and here.exchange.shared):
-        return nullcontext()
-    return Mirror(here.exchange, here.folder / "scratch", stage, here.limits.mirror_seconds)
 
 
 def attempts(limits: Limits) -> dict[str, Any]:
@@ -310,19 +305,19 @@ def run_graph(client: SyncPrefectClient, here: Here, params: Params) -> Progress
             raise UserError(unknown("limits.minutes_by_stage:", kind, kinds))
     runtime = next(iter(params.cells.values())).runtime
     progress, tried = Progress(dict(found)), set[str]()
-    jobs = workspace.jobs(found)
+    todo = workspace.jobs(found)
     fleet = Fleet(client, here, runtime.device.startswith("cuda"))
     local: dict[str, tuple[PrefectFuture[Any], list[Lock]]] = {}
     places = slots.cpu_places(runtime.threads, 0, "data")
-    logger.info("%d stages, %d jobs", len(found), len(jobs))
+    logger.info("%d stages, %d jobs", len(found), len(todo))
     while progress.waiting or progress.running:
         _restore(here, progress, tried)
         for stage in progress.ready():
             if not stage.trains and (held := _claim(here, params, stage, places)):
-                future = run_stage.with_options(tags=stage.tags, **attempts(limits)).submit(stage, here, held[0])  # fmt: skip
+                future = run_stage.with_options(tags=stage.tags, **attempts(limits)).submit(stage, here, params, held[0])  # fmt: skip
                 local[stage.name] = (future, held[1])
                 progress.start(stage.name)
-        for job in jobs:
+        for job in todo:
             names = [stage.name for stage in job.stages if stage.name in progress.waiting]
             if names and job.needs <= progress.done:
                 patiently(limits, lambda job=job, names=names: fleet.submit(job, names))  # type: ignore[misc]
@@ -575,7 +570,7 @@ def _run_one(stage: Stage, here: Here, params: Params, place: Place) -> None:
         time.sleep(POLL_SECONDS)
     try:
         one = run_stage.with_options(tags=stage.tags, **attempts(here.limits))
-        state = one(stage, here, place, return_state=True)
+        state = one(stage, here, params, place, return_state=True)
     finally:
         lock.release()
     if not state.is_completed():

@@ -94,7 +94,8 @@ def take(folder: Path, found: Mapping[str, Any], names: Iterable[str], remote: b
                     "DVC remote (dvc remote add --default NAME URL)"
                 )
             stage.checkout(force=True)
-            repo.stage_cache.save(stage)
+            if all(dep.exists for dep in stage.deps):  # not where only its outputs are needed
+                repo.stage_cache.save(stage)
 
 
 def give(folder: Path, name: str) -> None:

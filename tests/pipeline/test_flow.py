@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -23,8 +15,8 @@ from modip.agents import AGENTS
 from pipeline.flow import Progress
 from pipeline.form import Cell, Limits, Matrix
 from pipeline.workspace import Stage
-from tests.helpers import ROOT, small_tree
-from tests.pipeline.test_end_to_end import Clone
+from tests.helpers import ROOT
+from tests.pipeline.served import Served
 
 # The form and the bookkeeping: no server.
 
@@ -86,105 +78,14 @@ def test_a_failed_cell_leaves_the_others_running() -> None:
 # The real thing.
 
 
-class Served:
-    """`python -m pipeline.serve` in a repository of its own, asked over HTTP."""
-
-    def __init__(self, folder: Path) -> None:
-        self.clone = Clone(folder)
-        shutil.copy(ROOT / "prefect.yaml", folder)
-        self.clone.params = small_tree()
-        own = {"source": "parquet", "env": "modip/Toy-v0", "path": "data/own/absent.parquet"}
-        self.clone.params["data"]["mine"] = own
-        self.clone.save()
-        self.git("add", "-A")
-        self.git("-c", "user.name=t", "-c", "user.email=t@x", "commit", "-qm", "small")
-        self.port = _free_ports()
-        self.log = folder.parent / "serve.log"
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.serve", "--port", str(self.port)],
-                cwd=folder, env=self.clone.env, stdout=out, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        end = time.monotonic() + 120
-        while "Prefect: http" not in self.log.read_text():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < end, self.log.read_text()
-            time.sleep(0.2)
-
-    def git(self, *args: str) -> str:
-        done = subprocess.run(
-            ["git", *args], cwd=self.clone.folder, check=True, capture_output=True, text=True
-        )
-        return done.stdout
-
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        url = f"http://127.0.0.1:{self.port}/api/{path}"
-        answer = requests.get(url, timeout=30) if body is None else requests.post(url, json=body, timeout=30)  # fmt: skip
-        assert answer.ok, answer.text
-        return answer.json()
-
-    def run(self, deployment: str, **parameters: Any) -> dict[str, Any]:
-        """A flow run to its final state."""
-        found = self.ask(f"deployments/name/{deployment}")
-        body = {"parameters": {**found["parameters"], **parameters}}
-        run = self.ask(f"deployments/{found['id']}/create_flow_run", body)
-        end = time.monotonic() + 240
-        while run["state_type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
-            assert time.monotonic() < end, self.log.read_text()[-5000:]
-            time.sleep(0.3)
-            run = self.ask(f"flow_runs/{run['id']}")
-        return run
-
-    def name(self, run: dict[str, Any]) -> str:
-        """Of its branch and worktree."""
-        return f"{run['name']}-{run['id'][:8]}"
-
-    def jobs(self, run: dict[str, Any]) -> list[dict[str, Any]]:
-        """The flow runs that it made."""
-        tag = {"tags": {"all_": [f"run:{self.name(run)}"]}}
-        return list(self.ask("flow_runs/filter", {"flow_runs": tag}))
-
-    def tasks(self, run: dict[str, Any]) -> dict[str, Any]:
-        """The stages that it and its jobs ran, by name."""
-        ids = [one["id"] for one in (run, *self.jobs(run))]
-        found = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": ids}}})
-        return {task["name"]: task for task in found if not task["name"].startswith("stages/")}
-
-    def said(self, run: dict[str, Any]) -> str:
-        """All lines of its log and its jobs'; the last ones reach the server a moment after its end."""
-        ids = [one["id"] for one in (run, *self.jobs(run))]
-        body = {"logs": {"flow_run_id": {"any_": ids}}, "limit": 200}
-        lines: list[str] = []
-        while page := self.ask("logs/filter", {**body, "offset": len(lines), "sort": "TIMESTAMP_ASC"}):  # fmt: skip
-            lines += [row["message"] for row in page]
-        return "\n".join(lines)
-
-
-def _free_ports() -> int:
-    """The first of two neighbouring free ports."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port: int = one.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                two.bind(("127.0.0.1", port + 1))
-                return port
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    made = Served(tmp_path_factory.mktemp("served") / "clone")
+    params = small_tree()
+    own = {"source": "parquet", "env": "modip/Toy-v0", "path": "data/own/absent.parquet"}
+    params["data"]["mine"] = own
+    made = Served(tmp_path_factory.mktemp("served") / "clone", params, {})
     yield made
-    made.process.terminate()
-    assert made.process.wait(60) == 0, made.log.read_text()[-3000:]
-    left = [p for p in Path("/proc").glob("[0-9]*") if _is_in(p, made.clone.folder)]
-    assert left == []  # nothing survives it
-
-
-def _is_in(process: Path, folder: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return str((process / "cwd").resolve()).startswith(str(folder.resolve()))
-    return False
+    made.stop()
 
 
 @pytest.mark.e2e
