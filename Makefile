@@ -43,11 +43,14 @@ format: env ## rewrite the sources as `make check` wants them
 	@python -m ruff format .
 	@python -m ruff check --fix .
 
+# CPU_SLOTS=2, PER_GPU=2: flow runs at once on this machine's CPUs and on each of its GPUs.
+PLACES = $(if $(CPU_SLOTS),--cpu-slots $(CPU_SLOTS)) $(if $(PER_GPU),--per-gpu $(PER_GPU))
+
 serve: env ## Prefect on this machine: server, workers, deployments; prints its address, until Ctrl-C
-	@exec python -m pipeline.serve
+	@exec python -m pipeline.serve $(PLACES)
 
 worker: env ## workers on this machine for the server at PREFECT_API_URL=http://HOST:4200/api
-	@exec python -m pipeline.serve --worker
+	@exec python -m pipeline.serve --worker $(PLACES)
 
 bench: env ## timed comparisons, printed and written to report/bench.json
 	@python -m benchmarks
