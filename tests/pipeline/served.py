@@ -24,12 +24,20 @@ class Served:
     """`python -m pipeline.serve` in the clone `folder`, whose params.yaml is `params`."""
 
     def __init__(
-        self, folder: Path, params: dict[str, Any], env: Mapping[str, str], *options: str
+        self,
+        folder: Path,
+        params: dict[str, Any],
+        *options: str,
+        env: Mapping[str, str] | None = None,
+        remote: str = "",
     ) -> None:
+        """`remote`: lines for .dvc/config."""
         self.clone = Clone(folder)
+        with (folder / ".dvc/config").open("a") as config:
+            config.write(remote)
         shutil.copy(ROOT / "prefect.yaml", folder)
         self.clone.params = params
-        self.clone.env |= env
+        self.clone.env |= env or {}
         self.clone.save()
         self.git("add", "-A")
         self.git("-c", "user.name=t", "-c", "user.email=t@x", "commit", "-qm", "small")

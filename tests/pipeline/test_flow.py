@@ -15,7 +15,7 @@ from modip.agents import AGENTS
 from pipeline.flow import Progress
 from pipeline.form import Cell, Limits, Matrix
 from pipeline.workspace import Stage
-from tests.helpers import ROOT
+from tests.helpers import ROOT, small_tree
 from tests.pipeline.served import Served
 
 # The form and the bookkeeping: no server.
@@ -83,7 +83,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     params = small_tree()
     own = {"source": "parquet", "env": "modip/Toy-v0", "path": "data/own/absent.parquet"}
     params["data"]["mine"] = own
-    made = Served(tmp_path_factory.mktemp("served") / "clone", params, {})
+    made = Served(tmp_path_factory.mktemp("served") / "clone", params)
     yield made
     made.stop()
 
