@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,9 @@ def test_files_come_back_and_go(url: str, s3: S3, tmp_path: Path) -> None:
     mine.write("claims/b", b"one")
     assert yours.names("claims") == ["claims/b"]
     mine.write("claims/a/deep", b"two")
+    mine.write("claims/c", b"new")  # after yours had looked into the folder
+    assert yours.read("claims/c") == b"new"
+    yours.remove("claims/c")
     mine.write("claimsnot", b"three")
     mine.write("claims/b", b"four")
     assert (yours.read(NAME), yours.read("claims/b")) == (b"", b"four")
@@ -121,7 +125,8 @@ def test_what_is_damaged_is_never_put_in_place(
     elif fault == "half a pointer":
         exchange.write(f"x/{NEWEST}", newest[: len(newest) // 2])
     else:
-        exchange.write(f"x/{NEWEST}", newest.replace(b"state/b", b"../../job2"))
+        exchange.write(one.replace("state/b", "../job2"), exchange.read(one) or b"")
+        exchange.write(f"x/{NEWEST}", newest.replace(b"state/b", b"../job2"))
     target.mkdir()
     assert not exchange.fetch("x", target)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "job", "repo"]
@@ -167,6 +172,26 @@ def test_a_reader_among_sends_and_a_sender_killed_in_one(url: str, s3: S3, tmp_p
     assert content(target) == whole[about["number"] % 2]
     exchange.remove("x")
     assert exchange.names("x") == []
+
+
+def test_a_folder_that_is_replaced_while_it_is_fetched(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, target = opened(tmp_path / "repo", s3.bucket(), s3), tmp_path / "job"
+    exchange.send(folder(tmp_path / "first", 1), "x", {})
+    get, calls = Exchange._get, 0
+
+    def late(*given: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            exchange.send(folder(tmp_path / "second", 2), "x", {})
+        return get(*given)
+
+    monkeypatch.setattr(Exchange, "_get", late)
+    assert exchange.fetch("x", target)
+    assert calls == 2
+    assert content(target) == content(tmp_path / "second")
 
 
 def test_a_send_that_ends_half_way_changes_nothing(

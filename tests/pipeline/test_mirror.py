@@ -110,8 +110,23 @@ def test_a_snapshot_while_the_job_saves_is_one_checkpoint_with_its_rows(tmp_path
         ended.set()
         thread.join()
     assert len(seen) == 20
+
+
+def test_a_snapshot_is_never_of_two_checkpoints_or_of_too_few_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, copy, link = tmp_path / JOB, tmp_path / "copy", mirror._link
+    save(folder, 49)
+
+    def late(source: Path, target: Path) -> None:
+        link(source, target)
+        save(folder, 50)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_link", late)
+        assert snapshot(folder, copy) is None
+    assert snapshot(folder, copy) is not None
     rows = (folder / "curve.jsonl").read_bytes().splitlines(keepends=True)
-    save(folder, 50)
     (folder / "curve.jsonl").write_bytes(b"".join(rows[:49]))
     assert snapshot(folder, copy) is None
 
