@@ -19,7 +19,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote, unquote
@@ -31,7 +31,7 @@ from dvc_objects.fs.base import ObjectFileSystem
 from dvc_objects.fs.utils import as_atomic
 
 from modip.errors import UserError
-from pipeline.workspace import HOME, CurableError
+from pipeline.workspace import HOME, CurableError, StageError
 
 log = logging.getLogger(__name__)
 
@@ -211,27 +211,31 @@ class Exchange:
     def _path(self, name: str) -> str:
         return self._fs.join(self._base, quote(name, safe="/@"))  # none of what globs or URLs mean
 
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Around calls of the remote's library, whatever that is: its errors as ours."""
-        try:
-            yield
-        except FileNotFoundError as error:  # where something is written
+    def _asking(self) -> AbstractContextManager[None]:
+        return faults(self._title)
+
+
+@contextmanager
+def faults(title: str) -> Iterator[None]:
+    """Around calls of the library of the remote `title`, whatever that is: its errors as ours."""
+    try:
+        yield
+    except (UserError, StageError):
+        raise
+    except FileNotFoundError as error:  # where something is written
+        raise UserError(
+            f"{title}: {_line(error)}; make the bucket or folder, or correct the remote's url"
+        ) from error
+    except Exception as error:
+        said = _line(error)
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise UserError(f"{title}: {said}; free disk space") from error
+        if isinstance(error, PermissionError) or LASTING.search(f"{type(error).__name__} {said}"):
             raise UserError(
-                f"{self._title}: {_line(error)}; make the bucket or folder, or correct the remote's url"
+                f"{title}: {said}; several machines need to list, read and write there: correct its rights, or the "
+                "credentials in .dvc/config.local or the environment"
             ) from error
-        except Exception as error:
-            said = _line(error)
-            if isinstance(error, OSError) and error.errno in NO_SPACE:
-                raise UserError(f"{self._title}: {said}; free disk space") from error
-            if isinstance(error, PermissionError) or LASTING.search(
-                f"{type(error).__name__} {said}"
-            ):
-                raise UserError(
-                    f"{self._title}: {said}; several machines need to list, read and write there: correct "
-                    "its rights, or the credentials in .dvc/config.local or the environment"
-                ) from error
-            raise CurableError(f"{self._title} does not answer: {said}") from error
+        raise CurableError(f"{title} does not answer: {said}") from error
 
 
 def _line(error: Exception) -> str:
