@@ -19,7 +19,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +92,11 @@ class Here:
     limits: Limits
     beat: Beat
 
+    @property
+    def locks(self) -> Path:
+        """Of this machine: on places, and on stages."""
+        return self.root / workspace.HOME / "locks"
+
     def path(self, what: str) -> str:
         """The name of something of this run in the exchange."""
         return f"runs/{self.name}/{what}"
@@ -103,7 +108,7 @@ class Here:
     cache_policy=NO_CACHE,
     retry_condition_fn=curable,
 )
-def run_stage(stage: Stage, here: Here, params: Params, place: Place) -> None:
+def run_stage(stage: Stage, here: Here, place: Place) -> None:
     """One stage by DVC. Raises StageError with what it said last; CurableError is tried again."""
     logger = get_run_logger()
     logger.info("%s on %s, %s", stage.name, socket.gethostname(), place.name)
@@ -116,14 +121,34 @@ def run_stage(stage: Stage, here: Here, params: Params, place: Place) -> None:
     env = {**place.env, "WANDB_DIR": os.environ.get("WANDB_DIR", str(here.root))}
     minutes = here.limits.minutes_by_stage.get(stage.kind, here.limits.minutes)
     try:
-        states = f"states/{workspace.digest(params, stage)}"
-        with Mirror(here.exchange, states, here.folder / "scratch", jobs(stage), here.limits.mirror_seconds, say):  # fmt: skip
+        key = here.name if stage.gathers else travel.key(here.folder, stage.name)
+        states = here.folder / "scratch"
+        with (
+            _alone(here, f"{stage.kind}-{key}", say),
+            Mirror(here.exchange, f"states/{key}", states, jobs(stage), here.limits.mirror_seconds, say),
+        ):  # fmt: skip
             workspace.repro(stage, here.folder, env, say, 60 * minutes)
-        if here.exchange.shared:
-            travel.give(here.folder, stage.name)
+            if here.exchange.shared:
+                travel.give(here.folder, stage.name)
     except StageError as error:
         logger.error("%s: %s", stage.name, error)
         raise
+
+
+@contextmanager
+def _alone(here: Here, name: str, say: Callable[[str], None]) -> Iterator[None]:
+    """No other run on this machine is at the same stage with the same inputs: it would write the same states."""
+    path = here.locks / f"{name}.lock"
+    lock = slots.try_lock(path)
+    if lock is None:
+        say("waits for another run, which computes the same")
+    while lock is None:
+        time.sleep(POLL_SECONDS)
+        lock = slots.try_lock(path)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def attempts(limits: Limits) -> dict[str, Any]:
@@ -307,15 +332,15 @@ def run_graph(client: SyncPrefectClient, here: Here, params: Params) -> Progress
     progress, tried = Progress(dict(found)), set[str]()
     todo = workspace.jobs(found)
     fleet = Fleet(client, here, runtime.device.startswith("cuda"))
-    local: dict[str, tuple[PrefectFuture[Any], list[Lock]]] = {}
+    local: dict[str, tuple[PrefectFuture[Any], Lock]] = {}
     places = slots.cpu_places(runtime.threads, 0, "data")
     logger.info("%d stages, %d jobs", len(found), len(todo))
     while progress.waiting or progress.running:
         _restore(here, progress, tried)
         for stage in progress.ready():
-            if not stage.trains and (held := _claim(here, params, stage, places)):
-                future = run_stage.with_options(tags=stage.tags, **attempts(limits)).submit(stage, here, params, held[0])  # fmt: skip
-                local[stage.name] = (future, held[1])
+            if not stage.trains and (held := slots.try_place(here.locks, places)):
+                one = run_stage.with_options(tags=stage.tags, **attempts(limits))
+                local[stage.name] = (one.submit(stage, here, held[0]), held[1])
                 progress.start(stage.name)
         for job in todo:
             names = [stage.name for stage in job.stages if stage.name in progress.waiting]
@@ -326,11 +351,10 @@ def run_graph(client: SyncPrefectClient, here: Here, params: Params) -> Progress
         if not progress.running and not progress.ready():
             break  # nothing that gathers has anything to gather
         time.sleep(POLL_SECONDS)
-        for name, (future, locks) in list(local.items()):
+        for name, (future, lock) in list(local.items()):
             if future.state.is_final():
                 del local[name]
-                for lock in locks:
-                    lock.release()
+                lock.release()
                 state = future.state
                 progress.end(name, None if state.is_completed() else fault(state))
         for job, state in fleet.ended():
@@ -369,21 +393,6 @@ def _take(here: Here, job: Job) -> travel.Entries:
     found = {stage.name: known[stage.name] for stage in job.stages if stage.name in known}
     travel.take(here.folder, found, found, here.exchange.shared)
     return found
-
-
-def _claim(
-    here: Here, params: Params, stage: Stage, places: Sequence[Place]
-) -> tuple[Place, list[Lock]] | None:
-    """A place, and the right to be the only one at this stage with these values on this machine; or None."""
-    locks = here.root / workspace.HOME / "locks"
-    own = slots.try_lock(locks / f"stage-{workspace.digest(params, stage)}.lock")
-    if own is None:
-        return None
-    found = slots.try_place(locks, places)
-    if found is None:
-        own.release()
-        return None
-    return found[0], [own, found[1]]
 
 
 def fault(state: State[Any]) -> str:
@@ -530,7 +539,7 @@ def _stages(run: str, job: str, names: Sequence[str], limits: Limits) -> State[A
             with _place(here, params, beat) as place:
                 for stage in found:
                     if stage.name not in known:
-                        _run_one(stage, here, params, place)
+                        _run_one(stage, here, place)
                         lock = (folder / travel.LOCK).read_bytes()
                         name = here.path(f"{job}.lock")
                         patiently(limits, lambda: here.exchange.write(name, lock))  # noqa: B023
@@ -562,23 +571,16 @@ def _prepare(
     return load(here.folder / workspace.PARAMS), own, known
 
 
-def _run_one(stage: Stage, here: Here, params: Params, place: Place) -> None:
-    """One stage, when no other run on this machine is at the same. Raises StageError."""
-    path = here.root / workspace.HOME / "locks" / f"stage-{workspace.digest(params, stage)}.lock"
-    while (lock := slots.try_lock(path)) is None:
-        here.beat.say(f"{stage.name}: waits for another run that computes the same")
-        time.sleep(POLL_SECONDS)
-    try:
-        one = run_stage.with_options(tags=stage.tags, **attempts(here.limits))
-        state = one(stage, here, params, place, return_state=True)
-    finally:
-        lock.release()
+def _run_one(stage: Stage, here: Here, place: Place) -> None:
+    """One stage, as a task. Raises StageError."""
+    one = run_stage.with_options(tags=stage.tags, **attempts(here.limits))
+    state = one(stage, here, place, return_state=True)
     if not state.is_completed():
         raise StageError(fault(state))
 
 
 @contextmanager
-def _place(here: Here, params: Params, beat: Beat) -> Any:
+def _place(here: Here, params: Params, beat: Beat) -> Iterator[Place]:
     """A GPU's place or a CPU's, of those that this worker hands out. Raises UserError where the GPU is not there."""
     runtime = next(iter(params.cells.values())).runtime
     if runtime.device.startswith("cuda"):
@@ -586,7 +588,7 @@ def _place(here: Here, params: Params, beat: Beat) -> Any:
         places = slots.gpu_places(runtime.device, slots.gpus(os.environ), per_gpu)
     else:
         places = slots.cpu_places(runtime.threads, int(os.environ.get("MODIP_CPU_SLOTS", "0")), "cpu")  # fmt: skip
-    while (held := slots.try_place(here.root / workspace.HOME / "locks", places)) is None:
+    while (held := slots.try_place(here.locks, places)) is None:
         beat.say("waits for a place on this machine")
         time.sleep(POLL_SECONDS)
     try:

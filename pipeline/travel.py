@@ -15,7 +15,7 @@ from typing import Any
 from dvc.fs import generic
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
-from dvc.stage.cache import RunCacheNotFoundError, _can_hash, _get_stage_hash
+from dvc.stage.cache import RunCacheNotFoundError, _get_stage_hash
 from ruamel.yaml import YAML
 
 from modip.errors import UserError
@@ -115,6 +115,18 @@ def _locked(folder: Path) -> Iterator[Repo]:
         yield repo
 
 
+def key(folder: Path, name: str) -> str:
+    """The same for a stage with the same command and inputs in any run: the run-cache's own. Its inputs are there."""
+    with _locked(folder) as repo:
+        return _key(_stages(repo)[name])
+
+
+def _key(stage: PipelineStage) -> str:
+    stage.save_deps()
+    found: str = _get_stage_hash(stage)
+    return found
+
+
 def _stages(repo: Repo) -> dict[str, PipelineStage]:
     return {stage.name: stage for stage in repo.index.stages}
 
@@ -136,11 +148,7 @@ def _complete(name: str, failed: Any) -> None:
 
 def _copy_entry(repo: Repo, stage: PipelineStage, *, to_remote: bool) -> None:
     """A stage's entries of the run-cache (one per result of the same inputs) between here and the remote."""
-    if not to_remote:
-        stage.save_deps()
-    if not _can_hash(stage):
-        return
-    key = _get_stage_hash(stage)
+    key = _key(stage)
     here = repo.cache.legacy
     there = repo.cloud.get_remote_odb(None, "run-cache", hash_name="md5-dos2unix")
     source, target = (here, there) if to_remote else (there, here)

@@ -12,7 +12,6 @@ anything runs; dvc.lock is added to it at the end. `git diff main runs/NAME` sho
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import re
 import shlex
@@ -495,14 +494,6 @@ def failure(status: int, lines: Sequence[str]) -> StageError:
         if curable
         else StageError(f"{what} (exit status {code[1] if code else status})")
     )
-
-
-def digest(params: Params, stage: Stage) -> str:
-    """The same for the same stage with the same values in any run: two of them must not train at once."""
-    values = ""
-    if not stage.gathers:
-        values = params.cell(stage.options["dataset"]).model_dump_json(exclude={"runtime"})
-    return hashlib.sha256(f"{stage.name}\n{values}".encode()).hexdigest()[:16]
 
 
 def skipped(found: Iterable[Stage], failed: Mapping[str, str]) -> dict[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import requests
 
 from tests.helpers import ROOT
 from tests.pipeline.test_end_to_end import Clone
+from tests.s3 import S3
 
 SECONDS = 300.0
 
@@ -116,6 +119,35 @@ class Served:
         while page := self.ask("logs/filter", {**body, "offset": len(lines), "sort": "TIMESTAMP_ASC"}):  # fmt: skip
             lines += [row["message"] for row in page]
         return "\n".join(lines)
+
+
+class Machine:
+    """Another clone of the same commit, with a worker for the same server."""
+
+    def __init__(self, served: Served, folder: Path) -> None:
+        subprocess.run(["git", "clone", "-q", str(served.clone.folder), str(folder)], check=True)
+        self.folder, self.log = folder, folder.parent / f"{folder.name}.log"
+        self.env = {
+            **served.clone.env,
+            "PREFECT_API_URL": f"http://127.0.0.1:{served.port}/api",
+            "DVC_SITE_CACHE_DIR": str(folder / ".dvc" / "tmp" / "site"),
+        }
+        self.start()
+
+    def start(self) -> None:
+        self.process = serve(self.folder, self.env, self.log, "--worker", "--cpu-slots", "1")
+
+    def kill(self) -> None:
+        """As a power cut: all that works there, at once."""
+        self.process.kill()
+        self.process.wait()
+        for pid in alive_in(self.folder):
+            os.kill(pid, signal.SIGKILL)
+
+
+def s3_remote(s3: S3) -> str:
+    """Lines for .dvc/config, in whose section [core] they begin: a new bucket as the default remote."""
+    return f"    remote = store\n['remote \"store\"']\n    url = {s3.bucket()}\n    endpointurl = {s3.endpoint}\n"
 
 
 def serve(

@@ -3,10 +3,7 @@ them; and everything that can die, killed in the middle of a matrix."""
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,37 +14,13 @@ import psutil
 import pytest
 
 from tests.helpers import small_tree
-from tests.pipeline.served import Served, alive_in, serve
+from tests.pipeline.served import Machine, Served, alive_in, s3_remote
 from tests.pipeline.test_end_to_end import TRAINED
 from tests.s3 import S3
 
 LIMITS = {
     "minutes": 60, "minutes_by_stage": {}, "retries": 4, "retry_seconds": 2, "mirror_seconds": 0.5,
 }  # fmt: skip
-
-
-class Machine:
-    """Another clone of the same commit, with a worker for the same server."""
-
-    def __init__(self, served: Served, folder: Path) -> None:
-        subprocess.run(["git", "clone", "-q", str(served.clone.folder), str(folder)], check=True)
-        self.folder, self.log = folder, folder.parent / f"{folder.name}.log"
-        self.env = {
-            **served.clone.env,
-            "PREFECT_API_URL": f"http://127.0.0.1:{served.port}/api",
-            "DVC_SITE_CACHE_DIR": str(folder / ".dvc" / "tmp" / "site"),
-        }
-        self.start()
-
-    def start(self) -> None:
-        self.process = serve(self.folder, self.env, self.log, "--worker", "--cpu-slots", "1")
-
-    def kill(self) -> None:
-        """As a power cut: all that works there, at once."""
-        self.process.kill()
-        self.process.wait()
-        for pid in alive_in(self.folder):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _until(condition: Callable[[], Any], seconds: float) -> Any:
@@ -65,8 +38,7 @@ def test_a_matrix_on_two_machines_outlives_them(tmp_path: Path, s3: S3) -> None:
     params["runtime"]["checkpoint_seconds"] = 0.1
     params["data"]["other"] = {**params["data"]["toy"], "seed": 8}
     folder = tmp_path / "a"
-    remote = f"    remote = store\n['remote \"store\"']\n    url = {s3.bucket()}\n    endpointurl = {s3.endpoint}\n"
-    served = Served(folder, params, "--cpu-slots", "1", env=s3.env, remote=remote)
+    served = Served(folder, params, "--cpu-slots", "1", env=s3.env, remote=s3_remote(s3))
     other = Machine(served, tmp_path / "b")
     run = served.submit(
         "benchmark/cpu",
