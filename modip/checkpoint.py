@@ -24,11 +24,10 @@ import safetensors.torch
 from torch import Tensor
 
 from modip.errors import UserError
+from modip.files import MANIFEST, TENSORS
 from modip.types import State
 
 SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-TENSORS = "tensors.safetensors"
 
 
 def save(path: Path, kind: str, state: State, meta: dict[str, Any]) -> None:

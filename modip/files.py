@@ -11,6 +11,9 @@ from typing import Any
 
 from modip.errors import UserError
 
+MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
+"""The files of a checkpoint (modip.checkpoint), for those who read them without torch."""
+
 
 def write_atomically(path: Path, write_file: Callable[[Path], object]) -> None:
     """Lets `write_file` fill a temporary file beside `path`, then renames it.

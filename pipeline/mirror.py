@@ -24,8 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from modip.checkpoint import MANIFEST, TENSORS
 from modip.errors import UserError
+from modip.files import MANIFEST, TENSORS
 from pipeline.exchange import Exchange
 from pipeline.workspace import Stage, StageError
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from modip import checkpoint
 from modip.errors import UserError
+from modip.files import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def _safely(run: Any, call: Callable[[Any], object]) -> bool:
 
 def _sum(path: Path) -> str:
     """A file's sha256, or a checkpoint's fingerprint: that of its manifest."""
-    with (path / checkpoint.MANIFEST if path.is_dir() else path).open("rb") as file:
+    with (path / MANIFEST if path.is_dir() else path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -7,7 +7,7 @@ whole run-cache for every stage; here only the entry in question travels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,16 @@ def write(folder: Path, found: Entries) -> None:
 # Between a worktree, the cache and the remote.
 
 
-def restore(folder: Path, names: Iterable[str], remote: bool) -> list[str]:
+def restore(folder: Path, names: Sequence[str], remote: bool) -> list[str]:
     """Bring those of the stages up to date that any run has computed from the same inputs; an order in which each
     follows what it needs. Returns their names."""
-    done = []
+    missing, done = set(names), list[str]()
     with _locked(folder) as repo:
-        found = _stages(repo)
+        found, graph = _stages(repo), repo.index.graph
         for name in names:
             stage = found[name]
+            if any(before.name in missing for before in graph.successors(stage)):
+                continue
             if not all(dep.exists for dep in stage.deps):
                 continue
             if stage.changed():
@@ -68,6 +70,7 @@ def restore(folder: Path, names: Iterable[str], remote: bool) -> list[str]:
                 stage.save()
                 stage.commit()
                 stage.dump(update_pipeline=False)
+            missing.remove(name)
             done.append(name)
     return done
 
@@ -122,8 +125,11 @@ def key(folder: Path, name: str) -> str:
 
 
 def _key(stage: PipelineStage) -> str:
+    before = [(dep, dep.hash_info, dep.meta) for dep in stage.deps]
     stage.save_deps()
     found: str = _get_stage_hash(stage)
+    for dep, hash_info, meta in before:  # what dvc.lock says: DVC compares with it
+        dep.hash_info, dep.meta = hash_info, meta
     return found
 
 

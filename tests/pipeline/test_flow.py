@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from modip.agents import AGENTS
 from pipeline.flow import Progress
 from pipeline.form import Cell, Limits, Matrix
-from pipeline.workspace import Stage
+from pipeline.workspace import Job, Stage
 from tests.helpers import ROOT, small_tree
 from tests.pipeline.served import Served
 
@@ -73,6 +73,17 @@ def test_a_failed_cell_leaves_the_others_running() -> None:
     steps = [_step(progress, "") for _ in range(4)]
     assert steps == [["get@x", "get@y"], ["run@x", "run@y"], ["report"], []]
     assert progress.summary() == "5 stages up to date"
+
+
+def test_a_job_that_ended_in_the_middle_keeps_what_it_has() -> None:
+    stages = [_stage("one@x"), _stage("two@x", "one@x"), _stage("next@x", "two@x"), _stage("report", "next@x", "get@y"), _stage("get@y")]  # fmt: skip
+    progress = Progress({stage.name: stage for stage in stages})
+    for name in ("one@x", "two@x"):
+        progress.start(name)
+    progress.end_job(Job(tuple(stages[:2])), {"one@x": {}}, "killed by signal 9")
+    assert (progress.done, progress.failed) == ({"one@x"}, {"two@x": "killed by signal 9"})
+    assert progress.skipped == {"next@x": "two@x"}
+    assert [stage.name for stage in progress.ready()] == ["get@y"]
 
 
 # The real thing.

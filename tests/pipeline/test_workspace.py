@@ -27,7 +27,7 @@ def test_a_choice_changes_its_values_and_no_others() -> None:
     assert (params.dataset, params.agent, params.seed) == (("toy",), ("bc",), (3,))
     assert tree["modip"]["base"]["env_steps"] == 9000
     assert params.cell("toy").mppi.horizon == 3
-    written, before = workspace._text(tree), (ROOT / "params.yaml").read_text()
+    written, before = workspace.text_of(tree), (ROOT / "params.yaml").read_text()
     comments = [line.strip() for line in before.splitlines() if line.lstrip().startswith("#")]
     assert len(comments) > 10
     assert all(comment in written for comment in comments)
@@ -44,7 +44,7 @@ def test_an_alias_elsewhere_keeps_its_values() -> None:
     before = load(ROOT / "params.yaml")
     assert params.cell("minari/hopper-medium-v0").diffusion.width == 99
     assert params.cell("d4rl/hopper-medium-v2") == before.cell("d4rl/hopper-medium-v2")
-    written = YAML(typ="safe", pure=True).load(workspace._text(tree))
+    written = YAML(typ="safe", pure=True).load(workspace.text_of(tree))
     assert written["diffusion"]["by_dataset"]["d4rl/*-v2"]["width"] == 512
 
 
@@ -130,6 +130,46 @@ def test_order_and_what_a_failure_takes_with_it() -> None:
     assert sorted(order) == ["a", "b", "c", "report", "x", "y"]
     assert all(order.index(need) < order.index(one.name) for one in given for need in one.needs)
     assert workspace.skipped(found.values(), {"a": "no"}) == {"b": "a", "c": "a"}
+
+
+def _cell(kind: str, needs: str, *values: str) -> Stage:
+    names = ("dataset", "seed") if len(values) == 2 else ("dataset", "agent", "seed")
+    return Stage(
+        f"{kind}@{'-'.join(values)}",
+        dict(zip(names, values, strict=True)),
+        frozenset(needs.split()),
+    )
+
+
+def _matrix(agents: tuple[str, ...]) -> dict[str, Stage]:
+    found = [
+        Stage("convert@d/x", {"dataset": "d/x"}, frozenset()),
+        _cell("clone", "convert@d/x", "d/x", "0"),
+        _cell("model", "convert@d/x clone@d/x-0", "d/x", "0"),
+    ]
+    for agent in agents:
+        found += [
+            _cell("tune", "convert@d/x model@d/x-0 clone@d/x-0", "d/x", agent, "0"),
+            _cell("judge", f"clone@d/x-0 tune@d/x-{agent}-0", "d/x", agent, "0"),
+        ]
+    return {one.name: one for one in found}
+
+
+def test_jobs_are_what_one_worker_can_do_alone() -> None:
+    found = workspace.jobs(_matrix(("bc", "modip")))
+    assert [[stage.name for stage in job.stages] for job in found] == [
+        ["clone@d/x-0", "model@d/x-0"],
+        ["tune@d/x-bc-0", "judge@d/x-bc-0"],
+        ["tune@d/x-modip-0", "judge@d/x-modip-0"],
+    ]
+    assert found[0].needs == {"convert@d/x"}
+    assert found[1].needs == {"convert@d/x", "clone@d/x-0", "model@d/x-0"}
+    assert found[1].key == "judge@d%2Fx-bc-0"
+    # One cell alone: nobody else waits for what comes first.
+    alone = workspace.jobs(_matrix(("modip",)))
+    assert [[stage.kind for stage in job.stages] for job in alone] == [
+        ["clone", "model", "tune", "judge"]
+    ]
 
 
 def test_a_child_dies_with_whoever_started_it(tmp_path: Path) -> None:
