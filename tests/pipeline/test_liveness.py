@@ -188,7 +188,7 @@ pull:
 deployments:
   - name: nap
     entrypoint: nap.py:nap
-    work_pool: {name: cpu, work_queue_name: default, job_variables: {stream_output: false}}
+    work_pool: {name: cpu, work_queue_name: default, job_variables: {}}
 """
 
 
