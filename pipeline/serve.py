@@ -233,8 +233,7 @@ def bring_up(running: Processes, host: str, port: int, places: dict[str, int]) -
         "the reports' server", "http.server", "--bind", host, "--directory", str(reports), str(port + 1),
         asks=False,
     )  # fmt: skip
-    for pool in POOLS:
-        running.run("prefect", "work-pool", "create", "--type", "process", "--overwrite", pool)
+    running.run("pipeline.pools", *POOLS)
     running.run("prefect", "--no-prompt", "deploy", "--all")
     workers(running, places)
     worker(running, CONTROL)

@@ -145,3 +145,14 @@ def serving(host: Host) -> Iterator[Host]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def free_ports() -> int:
+    """The first of two neighbouring free ports."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port: int = one.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                two.bind(("127.0.0.1", port + 1))
+                return port
