@@ -47,7 +47,7 @@ format: env ## rewrite the sources as `make check` wants them
 PLACES = $(if $(CPU_SLOTS),--cpu-slots $(CPU_SLOTS)) $(if $(PER_GPU),--per-gpu $(PER_GPU))
 
 serve: env ## Prefect on this machine: server, workers, deployments; prints its address, until Ctrl-C
-	@exec python -m pipeline.serve $(PLACES)
+	@exec python -m pipeline.serve $(if $(HOST),--host $(HOST)) $(PLACES)
 
 worker: env ## workers on this machine for the server at PREFECT_API_URL=http://HOST:4200/api
 	@exec python -m pipeline.serve --worker $(PLACES)
@@ -58,7 +58,7 @@ bench: env ## timed comparisons, printed and written to report/bench.json
 robosuite: ## the environment for RoboMimic's tasks; then: make run ROBOSUITE=1
 	@$(MAKE) --no-print-directory env ROBOSUITE=1
 
-clean: ## remove the environment, unfinished runs and tool caches; data and results stay
+clean: ## remove the environment, unfinished runs, downloads and tool caches; data and results stay
 	rm -rf .venv .venv-robosuite scratch .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
