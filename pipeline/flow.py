@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
@@ -242,12 +243,14 @@ class Fleet:
         self._jobs: dict[UUID, Job] = {}
         self._watch, self._looked = Watch(), 0.0
 
-    def submit(self, job: Job, names: Sequence[str]) -> None:
+    def submit(self, job: Job, names: Sequence[str], done: set[str]) -> None:
         """Hand a job out, or find the flow run that an earlier life of this one made for it."""
         here = self._here
         lock = here.path(f"{job.key}.lock")
         if here.exchange.read(lock) is None:
-            here.exchange.write(lock, (here.folder / travel.LOCK).read_bytes())
+            # A lock that the user keeps in git may hold entries of other values: only of what is done here.
+            known = {one: found for one, found in travel.own(here.folder).items() if one in done}
+            here.exchange.write(lock, travel.text(known).encode())
         run = run_deployment(
             self._deployment,
             parameters={
@@ -345,7 +348,7 @@ def run_graph(client: SyncPrefectClient, here: Here, params: Params) -> Progress
         for job in todo:
             names = [stage.name for stage in job.stages if stage.name in progress.waiting]
             if names and job.needs <= progress.done:
-                patiently(limits, lambda job=job, names=names: fleet.submit(job, names))  # type: ignore[misc]
+                patiently(limits, partial(fleet.submit, job, names, progress.done))
                 for name in names:
                     progress.start(name)
         if not progress.running and not progress.ready():
@@ -358,7 +361,7 @@ def run_graph(client: SyncPrefectClient, here: Here, params: Params) -> Progress
                 state = future.state
                 progress.end(name, None if state.is_completed() else fault(state))
         for job, state in fleet.ended():
-            entries = patiently(limits, lambda job=job: _take(here, job))  # type: ignore[misc]
+            entries = patiently(limits, partial(_take, here, job))
             progress.end_job(job, entries, fault(state))
         here.beat.say(
             f"{len(progress.done)} of {len(found)} stages; running: {', '.join(sorted(progress.running))}"
@@ -540,9 +543,8 @@ def _stages(run: str, job: str, names: Sequence[str], limits: Limits) -> State[A
                 for stage in found:
                     if stage.name not in known:
                         _run_one(stage, here, place)
-                        lock = (folder / travel.LOCK).read_bytes()
-                        name = here.path(f"{job}.lock")
-                        patiently(limits, lambda: here.exchange.write(name, lock))  # noqa: B023
+                        known[stage.name] = travel.own(folder)[stage.name]
+                        patiently(limits, lambda: _tell(here, job, known))
         finally:
             workspace.remove(root, folder)
     return Completed(message=f"{len(names)} stages up to date")
@@ -569,6 +571,11 @@ def _prepare(
     wanted = [one for one in stages if one in needed or (one in known and one in names)]
     travel.take(here.folder, known, wanted, exchange.shared)
     return load(here.folder / workspace.PARAMS), own, known
+
+
+def _tell(here: Here, job: str, known: travel.Entries) -> None:
+    """Whoever waits for the job, or goes on with it, what is done."""
+    here.exchange.write(here.path(f"{job}.lock"), travel.text(known).encode())
 
 
 def _run_one(stage: Stage, here: Here, place: Place) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ Entries = dict[str, Any]
 # Entries of dvc.lock.
 
 
-def entries(text: str) -> Entries:
+def entries(lock: str) -> Entries:
     """{stage: its entry} of a dvc.lock's text."""
-    found = YAML(typ="safe", pure=True).load(text) or {}
+    found = YAML(typ="safe", pure=True).load(lock) or {}
     return dict(found.get("stages", {}))
 
 
@@ -42,10 +43,11 @@ def own(folder: Path) -> Entries:
     return entries(path.read_text()) if path.is_file() else {}
 
 
-def write(folder: Path, found: Entries) -> None:
-    """The worktree's dvc.lock."""
-    lock = {"schema": "2.0", "stages": found}
-    write_atomically(folder / LOCK, lambda path: YAML(typ="safe", pure=True).dump(lock, path))
+def text(found: Entries) -> str:
+    """A dvc.lock of these."""
+    written = StringIO()
+    YAML(typ="safe", pure=True).dump({"schema": "2.0", "stages": found}, written)
+    return written.getvalue()
 
 
 # Between a worktree, the cache and the remote.
@@ -82,7 +84,8 @@ def take(folder: Path, found: Mapping[str, Any], names: Iterable[str], remote: b
     """
     wanted = list(names)
     with _locked(folder) as repo:
-        write(folder, own(folder) | {name: found[name] for name in wanted})
+        lock = text(own(folder) | {name: found[name] for name in wanted})
+        write_atomically(folder / LOCK, lambda path: path.write_text(lock))
     with _locked(folder) as repo:
         known = _stages(repo)
         for name in wanted:
