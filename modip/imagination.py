@@ -29,18 +29,21 @@ def planned_return(
     denoising of every sequence and model member.
     """
     b, n, h, da = action.shape
-    out = model.rollout(latent.repeat_interleave(n, 0), action.reshape(b * n, h, da))
-    copies = critics.ensemble // model.config.ensemble
-    end = out.latent.repeat_interleave(copies, 0)
+    members, copies = model.config.ensemble, critics.ensemble // model.config.ensemble
+
+    def judged(x: Tensor) -> Tensor:
+        """(model members, ...) as each critic member reads it, (E, ...)."""
+        return x.unsqueeze(1).expand(-1, copies, *x.shape[1:]).flatten(0, 1)
+
+    start = latent.unsqueeze(1).expand(b, n, -1).flatten(0, 1)
+    out = model.rollout(start, action.reshape(b * n, h, da))
+    end = judged(out.latent)
     if terminal_action is None:
         value = critics.v(end)
     else:
         chosen = terminal_action(model.decode(out.latent.flatten(0, 1)))
-        value = critics.q(end, chosen.view(-1, b * n, da).repeat_interleave(copies, 0))
+        value = critics.q(end, judged(chosen.view(members, b * n, da)))
     weights = out.reward.new_tensor([discount**i for i in range(h)])
     reward = (out.reward * out.alive[..., :-1]) @ weights
-    total = (
-        reward.repeat_interleave(copies, 0)
-        + discount**h * out.alive[..., -1].repeat_interleave(copies, 0) * value
-    )
+    total = judged(reward) + judged(discount**h * out.alive[..., -1]) * value
     return total.view(-1, b, n)

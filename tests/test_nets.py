@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modip.nets import Denoiser, EnsembleLinear, EnsembleMLP, Learner, lerp
+from modip.nets import LARGE, Denoiser, EnsembleLinear, EnsembleMLP, Learner, lerp
 from tests.helpers import differences, snapshot
 
 
@@ -33,6 +33,25 @@ def test_members_differ_and_do_not_see_each_other(layers: int) -> None:
     (grad,) = torch.autograd.grad(out[1, 2].sum(), x)
     touched = grad.abs().sum(-1) > 0
     assert touched.nonzero().tolist() == [[1, 2]]
+
+
+def test_inference_follows_the_weights() -> None:
+    """Through a move, a step, an average, a load and a copy: large batches read the weights through views that are kept."""
+    torch.manual_seed(0)
+    net = EnsembleMLP(2, 4, 3, 8, 2)
+    x = torch.randn(2, LARGE // 8 + 1, 4)
+    learner = Learner(net, lr=0.1, weight_decay=0.0, grad_clip=1.0, ema_decay=0.5, num_updates=9)
+    other = {name: p + 1.0 for name, p in net.state_dict().items()}
+    for change in (
+        lambda: None,
+        lambda: net.double().float(),  # to other memory
+        lambda: learner.step(net(x[:, :9]).square().mean()),
+        lambda: net.load_state_dict(other),
+    ):
+        change()
+        for each in (net, learner.ema, copy.deepcopy(net)):
+            with torch.inference_mode():
+                torch.testing.assert_close(each(x)[:, :9], each(x[:, :9]))
 
 
 def test_a_denoisers_rows_are_independent_and_know_their_step() -> None:

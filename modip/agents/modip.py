@@ -35,7 +35,6 @@ from modip.types import ChunkStep, Metrics, Plan, State, Window
 from modip.world_model import WorldModel
 
 
-@torch.no_grad()
 def plan(
     obs: Tensor,
     policy: DiffusionPolicy,
@@ -45,6 +44,20 @@ def plan(
     generator: torch.Generator,
 ) -> Plan:
     """Plan for B observations (B, Do): the policy's chunks are denoised once, in one batch, outside the search."""
+    # Less bookkeeping than no_grad in a thousand small operations; copies may enter a loss again.
+    with torch.inference_mode():
+        found = _search(obs, policy, model, critics, cell, generator)
+    return Plan(*(part.clone() for part in found))
+
+
+def _search(
+    obs: Tensor,
+    policy: DiffusionPolicy,
+    model: WorldModel,
+    critics: Critics,
+    cell: Cell,
+    generator: torch.Generator,
+) -> Plan:
     config, b = cell.mppi, obs.shape[0]
     h, action_dim = config.horizon, policy.shape[1]
     latent = model.encode(obs)
