@@ -55,7 +55,7 @@ def flows(folder: Path, machines: int, s3: S3 | None) -> tuple[float, float]:
     others = [Machine(served, folder / f"b{i}") for i in range(machines - 1)]
     try:
         began = time.time()
-        run = served.run("benchmark/cpu", matrix=MATRIX)
+        run = served.wait(served.submit("benchmark/cpu", matrix=MATRIX), 1200.0)
         seconds = time.time() - began
         assert run["state_type"] == "COMPLETED", run["state"]["message"]
         ran = re.findall(r"Running stage '([^']+)'", served.said(run))

@@ -21,9 +21,11 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
@@ -42,12 +44,17 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
     FlowRunFilterTags,
+    WorkPoolFilter,
+    WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
+from prefect.flow_engine import run_flow
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
-from prefect.states import Cancelling, Completed, Failed
+from prefect.states import Cancelled, Cancelling, Completed, Failed, Pending
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 from pydantic import Field
@@ -323,6 +330,14 @@ def _leave() -> None:
     os._exit(0)  # another status would be reported as a crash
 
 
+def _leave_job(identifier: UUID) -> None:
+    """The same; its worker may know only of the job that this process began with, and not see it cancelled."""
+    with suppress(*AWAY), liveness.client() as api:
+        if api.read_flow_run(identifier).state_type == StateType.CANCELLING:
+            api.set_flow_run_state(identifier, Cancelled(), force=True)
+    _leave()
+
+
 def run_graph(client: SyncPrefectClient, here: Here, params: Params) -> Progress:
     """Every stage of the worktree: data and report here, the rest as jobs."""
     logger, limits = get_run_logger(), here.limits
@@ -519,7 +534,44 @@ def finetune(cell: Cell, overrides: Overrides, limits: Limits) -> State[Any]:
     return run({name: [value] for name, value in cell.model_dump().items()}, overrides, limits)
 
 
-@flow(persist_result=False)
+def _go_on(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
+    """When a job has ended: the next one of its pool, in this process. To start another costs seconds."""
+    if _following.is_set():
+        return
+    _following.set()
+    with suppress(*AWAY), liveness.client() as api:
+        while (following := _claim(api, flow_run)) is not None:
+            Context().run(
+                run_flow, stages, flow_run=following
+            )  # nothing of the first one's context
+
+
+_following = Event()
+
+
+def _claim(api: SyncPrefectClient, after: FlowRun) -> FlowRun | None:
+    """The flow run whose turn it is in the pool of `after`, taken as a worker takes it; None if it is not of this flow."""
+    pool = after.work_pool_name or ""
+    if api.read_work_pool(pool).is_paused:
+        return None
+    waiting = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
+    while found := api.read_flow_runs(
+        flow_run_filter=FlowRunFilter(state=waiting),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+        sort=FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC,
+        limit=1,
+    ):
+        if found[0].deployment_id != after.deployment_id:
+            return None
+        answer = api.set_flow_run_state(found[0].id, Pending()).status
+        if answer == SetStateStatus.ACCEPT:
+            return api.read_flow_run(found[0].id)
+        if answer == SetStateStatus.WAIT:  # its time has not come
+            return None
+    return None
+
+
+@flow(persist_result=False, on_completion=[_go_on], on_failure=[_go_on])
 def stages(run: str, job: str, names: list[str], limits: Limits) -> State[Any]:
     """Some stages of one cell, on whichever worker takes them; `benchmark` and `finetune` ask for it.
 
@@ -535,7 +587,8 @@ def stages(run: str, job: str, names: list[str], limits: Limits) -> State[Any]:
 def _stages(run: str, job: str, names: Sequence[str], limits: Limits) -> State[Any]:
     root = Path.cwd()
     folder = root / workspace.HOME / "runs" / f"{run}.{job}"
-    with Beat(_leave) as beat:
+    identifier = UUID(str(flow_run.id))
+    with Beat(lambda: _leave_job(identifier)) as beat:
         here = Here(root, folder, run, Exchange.open(root), limits, beat)
         params, found, known = patiently(limits, lambda: _prepare(here, job, names))
         try:

@@ -48,6 +48,8 @@ ASKING = ("worker", "prefect.engine", "pipeline.liveness")
 SILENT = {
     **QUIET,
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # To wait for a free place is no fault; and SQLite has one writer.
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
     "PREFECT_CLI_PROMPT": "false",
     "PREFECT_WORKER_QUERY_SECONDS": "2",
     "PREFECT_WORKER_PREFETCH_SECONDS": "1",

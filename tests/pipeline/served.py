@@ -20,8 +20,6 @@ from tests.helpers import ROOT
 from tests.pipeline.test_end_to_end import Clone
 from tests.s3 import S3
 
-SECONDS = 300.0
-
 
 class Served:
     """`python -m pipeline.serve` in the clone `folder`, whose params.yaml is `params`."""
@@ -82,9 +80,9 @@ class Served:
         body = {"parameters": {**found["parameters"], **parameters}}
         return dict(self.ask(f"deployments/{found['id']}/create_flow_run", body))
 
-    def wait(self, run: dict[str, Any]) -> dict[str, Any]:
+    def wait(self, run: dict[str, Any], seconds: float = 300.0) -> dict[str, Any]:
         """A flow run to its final state. The server may be away meanwhile."""
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + seconds
         while run["state_type"] not in ("COMPLETED", "FAILED", "CANCELLED"):
             assert time.monotonic() < end, self.log.read_text()[-5000:]
             time.sleep(0.3)

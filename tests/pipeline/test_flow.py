@@ -168,7 +168,12 @@ def test_a_cell_that_another_run_has_computed_is_restored(served: Served) -> Non
     served.git("checkout", "-q", f"runs/{name}", "--", "dvc.lock")
     run = served.run("finetune/cpu", cell=cell, overrides={"modip.base.explore_std": 0.2})
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
-    assert served.tasks(run).keys() == {"finetune@toy-modip-1", "evaluate@toy-modip-1", "report"}
+    assert served.tasks(run).keys() == {
+        "resolve@toy",
+        "finetune@toy-modip-1",
+        "evaluate@toy-modip-1",
+        "report",
+    }
     served.git("rm", "-qf", "dvc.lock")
 
 
