@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import requests
 from tests.helpers import ROOT
 from tests.pipeline.test_end_to_end import Clone
 from tests.s3 import S3
+from tests.web import free_ports
 
 
 class Served:
@@ -42,7 +42,7 @@ class Served:
         self.clone.save()
         self.git("add", "-A")
         self.git("-c", "user.name=t", "-c", "user.email=t@x", "commit", "-qm", "small")
-        self.port = _free_ports()
+        self.port = free_ports()
         self.log = folder.parent / f"{folder.name}.log"
         self._options = ("--port", str(self.port), *options)
         self.start()
@@ -167,14 +167,3 @@ def alive_in(folder: Path) -> list[int]:
             if (process / "cwd").resolve().is_relative_to(folder.resolve()):
                 found.append(int(process.name))
     return found
-
-
-def _free_ports() -> int:
-    """The first of two neighbouring free ports."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port: int = one.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                two.bind(("127.0.0.1", port + 1))
-                return port
