@@ -73,6 +73,8 @@ POLL_SECONDS = 1.0
 """Between two looks at what has ended, and at who holds a place."""
 JOB_SECONDS = 2.0
 """Between two looks at the jobs' flow runs."""
+LINGER_SECONDS = 8.0
+"""How long a process whose job has ended waits for the next: as long as it takes to see the end and hand out what follows."""
 PAGE = 100
 """Flow runs asked for at once; the server gives at most 200."""
 
@@ -535,40 +537,39 @@ def finetune(cell: Cell, overrides: Overrides, limits: Limits) -> State[Any]:
 
 
 def _go_on(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
-    """When a job has ended: the next one of its pool, in this process. To start another costs seconds."""
-    if _following.is_set():
+    """When a job has ended: the next ones of its pool, in this process. To start another costs seconds."""
+    if _going_on.is_set():
         return
-    _following.set()
+    _going_on.set()
     with suppress(*AWAY), liveness.client() as api:
-        while (following := _claim(api, flow_run)) is not None:
-            Context().run(
-                run_flow, stages, flow_run=following
-            )  # nothing of the first one's context
+        for run in _following(api, flow_run):
+            Context().run(run_flow, stages, flow_run=run)  # nothing of the first one's context
 
 
-_following = Event()
+_going_on = Event()
 
 
-def _claim(api: SyncPrefectClient, after: FlowRun) -> FlowRun | None:
-    """The flow run whose turn it is in the pool of `after`, taken as a worker takes it; None if it is not of this flow."""
+def _following(api: SyncPrefectClient, after: FlowRun) -> Iterator[FlowRun]:
+    """Flow runs whose turn it is in the pool of `after`, taken as a worker takes them. Until nothing comes for a while,
+    or it is the turn of another flow."""
     pool = after.work_pool_name or ""
-    if api.read_work_pool(pool).is_paused:
-        return None
     waiting = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
-    while found := api.read_flow_runs(
-        flow_run_filter=FlowRunFilter(state=waiting),
-        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
-        sort=FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC,
-        limit=1,
-    ):
-        if found[0].deployment_id != after.deployment_id:
-            return None
-        answer = api.set_flow_run_state(found[0].id, Pending()).status
-        if answer == SetStateStatus.ACCEPT:
-            return api.read_flow_run(found[0].id)
-        if answer == SetStateStatus.WAIT:  # its time has not come
-            return None
-    return None
+    end = time.monotonic() + LINGER_SECONDS
+    while time.monotonic() < end and not api.read_work_pool(pool).is_paused:
+        found = api.read_flow_runs(
+            flow_run_filter=FlowRunFilter(state=waiting),
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+            sort=FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC,
+            limit=1,
+        )
+        if found and found[0].deployment_id != after.deployment_id:
+            return
+        # Refused where another was faster, or its time has not come.
+        if found and api.set_flow_run_state(found[0].id, Pending()).status == SetStateStatus.ACCEPT:
+            yield api.read_flow_run(found[0].id)
+            end = time.monotonic() + LINGER_SECONDS
+        else:
+            time.sleep(POLL_SECONDS)
 
 
 @flow(persist_result=False, on_completion=[_go_on], on_failure=[_go_on])
