@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -378,6 +379,55 @@ def test_the_best_mean_wins_and_the_default_wins_ties(
     rows = [{"setting": name, "mean": mean} for name, mean in zip(names, means, strict=True)]
     assert (study.winner(rows) or {"setting": None})["setting"] == who
     assert study.sentence(rows, None).startswith(says)
+
+
+@pytest.mark.parametrize("luck", [False, True])
+def test_only_a_winner_of_the_shortlist_is_confirmed(
+    luck: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three parts: a best trial that was only lucky does not win. Asked again, nothing runs."""
+    params = params_with(trials=3)
+    _save(params, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    prepared, ran = [], []
+
+    def prepare(params: Params, source: Path, place: Path, seeds: list[int]) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        prepared.append(seeds)
+
+    def run_workers(params: Params, name: str, place: Path, number: int) -> None:
+        with contextlib.chdir(place):
+            tune._worker(params, name)
+
+    def run_seed(params: Params, seed: int, name: str, trial: Any, *given: Any) -> float:
+        ran.append((name, seed))
+        default = params.cell("toy").mppi.temperature == 0.5
+        value = 2.0 if default else 3.0 if seed == 0 or not luck else 0.0
+        curve = [
+            {"seed": seed, "env_steps": 48, "policy": policy, "return": value}
+            for policy in ("dp", "planner")
+        ]
+        trial.set_user_attr("curve", curve)
+        return value
+
+    for name, given in (("prepare", prepare), ("_run_workers", run_workers), ("_run_seed", run_seed)):  # fmt: skip
+        monkeypatch.setattr(tune, name, given)
+    record = tune.tune(Path("params.yaml"))
+    search, more = [("trial0", 0), ("trial1", 0), ("trial2", 0)], [("shortlist0", 9), ("shortlist1", 9)]  # fmt: skip
+    if luck:
+        assert ran == [*search, *more]
+        assert record["winner"]["setting"] == "default"
+        assert record["confirmation"] is None
+        assert record["verdict"].startswith("the default stands: trial 1 came closest, 0.5 below")
+    else:
+        assert ran == [*search, *more, *((f"confirm{i}", 1 + i // 2) for i in range(4))]
+        assert record["winner"]["setting"] == "trial 1"
+        assert record["verdict"] == "better than the default"
+    assert prepared == [[0], [9], [1, 2]][: 2 if luck else 3]
+    done = len(ran)
+    assert tune.tune(Path("params.yaml")) == record
+    assert len(ran) == done
+    study.show(record)
 
 
 def test_a_setting_that_diverged_on_a_seed_is_out_of_the_race(
