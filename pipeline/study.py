@@ -74,8 +74,7 @@ def shortlist(params: Params, study: optuna.Study, runs: list[FrozenTrial]) -> l
     rows = []
     for name, one in top.items():
         values = {policy: [ends.get((name, policy, seed)) for seed in seeds] for policy in NAMES}
-        known = [value for value in values[params.tune.objective.policy] if value is not None]
-        mean = sum(known) / len(known) if len(known) == len(seeds) else None
+        mean = _mean(values[params.tune.objective.policy])
         row = {"setting": name, "trial": one.number, "params": one.params, "seeds": seeds}
         rows.append({**row, **values, "mean": mean})
     return rows
@@ -83,11 +82,14 @@ def shortlist(params: Params, study: optuna.Study, runs: list[FrozenTrial]) -> l
 
 def winner(rows: list[Row]) -> Row | None:
     """The row of the best mean, the first of equals: the default before the others. None if all lack a run."""
-    return max((row for row in rows if row["mean"] is not None), key=_mean, default=None)
+    known = [row for row in rows if row["mean"] is not None]
+    return max(known, key=lambda row: float(row["mean"]), default=None)
 
 
-def _mean(row: Row) -> float:
-    return float(row["mean"])
+def _mean(values: list[float | None]) -> float | None:
+    """None if one is missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _ends(
@@ -138,7 +140,7 @@ def write(
         "shortlist": rows,
         "winner": top,
         "confirmation": verdict,
-        "verdict": sentence(rows, verdict),
+        "verdict": sentence(tune.objective.policy, rows, verdict),
         "trials": [_row(params, study.study_name, one) for one in study.get_trials(deepcopy=False)],
     }
     write_json(root / RECORD, record)
@@ -202,8 +204,8 @@ def _verdict(params: Params, setting: str, confirmed: Iterable[FrozenTrial]) -> 
     }
 
 
-def sentence(rows: list[Row], verdict: Row | None) -> str:
-    """What may be said of the shortlist's winner."""
+def sentence(policy: str, rows: list[Row], verdict: Row | None) -> str:
+    """What may be said of the shortlist's winner; `policy` is the objective's."""
     top = winner(rows)
     if top is None:
         return "no winner: no setting ran to its end on every seed"
@@ -211,9 +213,10 @@ def sentence(rows: list[Row], verdict: Row | None) -> str:
         closest = winner(rows[1:])
         if closest is None:
             return "the default stands: no other setting ran to its end on every seed"
+        found = difference(top[policy], closest[policy])
         return (
-            f"the default stands: {closest['setting']} came closest, {top['mean'] - closest['mean']:.3g} below it in "
-            "the mean of all its seeds"
+            f"the default stands: {closest['setting']} came closest, {found.value:.3g} below it in the mean of "
+            f"{len(top[policy])} seeds (95 % interval {found.low:.3g} to {found.high:.3g})"
         )
     if verdict is None:
         return "not confirmed: no pair of runs on fresh seeds ended"
@@ -248,7 +251,9 @@ def _keep_weights(source: Path, root: Path) -> None:
     """The weights of the winner's trial go to data/study, and DVC is told; they lie with the host that trained them."""
     if not source.is_dir():
         log.warning(
-            "the weights of the winner's trial lie on the host that ran it; its command makes them again"
+            "%s was left as it is: the weights of the winner's trial lie on the host that ran it; its command makes them "
+            "again",
+            KEPT,
         )
         return
     # Not into the folder itself: files that DVC linked to its cache may be read-only.
@@ -281,22 +286,24 @@ def _read() -> dict[str, Any]:
 
 def tables(
     record: dict[str, Any],
-) -> list[tuple[str, list[int], list[tuple[str, list[float | None]]]]]:
-    """The shortlist, and the confirmation if there was one: a title, the seeds, and rows of figures, their mean last."""
+) -> list[tuple[str, list[str], list[tuple[str, list[float | None]]]]]:
+    """The shortlist, and the confirmation if there was one: a title, the columns, and rows of figures."""
     policy, pairs = record["objective"]["policy"], record["confirmation"]
+    (other,) = NAMES.keys() - {policy}
+    seeds = [f"seed {seed}" for seed in record["shortlist"][0]["seeds"]]
     short = [
-        (f"{one['setting']}: {_listed(one['params'])}", [*one[policy], one["mean"]])
+        (f"{one['setting']}: {_listed(one['params'])}", [*one[policy], one["mean"], _mean(one[other])])
         for one in record["shortlist"]
-    ]
-    found = [("Shortlist", record["shortlist"][0]["seeds"], short)]
+    ]  # fmt: skip
+    found = [("Shortlist", [*seeds, "mean", f"{NAMES[other]}, mean"], short)]
     if pairs is not None:
         fresh = [
-            (f"{name}, {NAMES[policy]}", [*values, sum(values) / len(values)])
-            for policy in NAMES
-            for name, values in pairs[policy].items()
-            if name in ("winner", DEFAULT)
+            (f"{who}, {name}", [*pairs[policy][who], _mean(pairs[policy][who])])
+            for policy, name in NAMES.items()
+            for who in ("winner", DEFAULT)
         ]
-        found.append(("Winner and default on fresh seeds", pairs["seeds"], fresh))
+        seeds = [f"seed {seed}" for seed in pairs["seeds"]]
+        found.append(("Winner and default on fresh seeds", [*seeds, "mean"], fresh))
     return found
 
 
@@ -310,8 +317,8 @@ def show(record: dict[str, Any]) -> None:
     states = [row["state"] for row in record["trials"]]
     parts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     console.print(f"{record['dataset']}: {parts}", highlight=False)
-    for title, seeds, rows in tables(record):
-        grid = Grid(title, *(f"seed {seed}" for seed in seeds), "mean", box=box.SIMPLE)
+    for title, columns, rows in tables(record):
+        grid = Grid(title, *columns, box=box.SIMPLE)
         for name, values in rows:
             grid.add_row(
                 name, *(report.number(one, record["objective"]["metric"]) for one in values)

@@ -354,11 +354,13 @@ def test_better_is_said_only_with_confidence(
     verdict = study._verdict(params, "trial 3", runs)
     assert verdict is not None
     assert verdict["dp"]["difference"] == -verdict["planner"]["difference"]  # judged by the planner
-    assert study.sentence(rows, verdict).startswith(says)
+    assert study.sentence("planner", rows, verdict).startswith(says)
     part = study._verdict(params, "trial 3", runs[:5])
     assert part is not None
     assert (part["seeds"], part["missing"]) == ([1, 2], 1)
-    assert study.sentence(rows, study._verdict(params, "trial 3", runs[:3])).startswith("not conf")
+    assert study.sentence("planner", rows, study._verdict(params, "trial 3", runs[:3])).startswith(
+        "not conf"
+    )
 
 
 @pytest.mark.parametrize(
@@ -366,7 +368,11 @@ def test_better_is_said_only_with_confidence(
     [
         ((1.5, 2.0, 1.0), "trial 3", "not confirmed"),
         ((2.0, 1.0, 2.0), "default", "the default stands: trial 4 came closest, 0 below it"),
-        ((2.0, 1.75, None), "default", "the default stands: trial 3 came closest, 0.25 below it"),
+        (
+            (2.0, 1.75, None),
+            "default",
+            "the default stands: trial 3 came closest, 0.25 below it in the mean of 2 seeds",
+        ),
         ((2.0, None, None), "default", "the default stands: no other setting ran to its end"),
         ((None, 1.0, None), "trial 3", "not confirmed"),
         ((None, None, None), None, "no winner"),
@@ -376,9 +382,12 @@ def test_the_best_mean_wins_and_the_default_wins_ties(
     means: tuple[float | None, ...], who: str | None, says: str
 ) -> None:
     names = ("default", "trial 3", "trial 4")
-    rows = [{"setting": name, "mean": mean} for name, mean in zip(names, means, strict=True)]
+    rows = [
+        {"setting": name, "mean": mean, "planner": [mean, mean]}
+        for name, mean in zip(names, means, strict=True)
+    ]
     assert (study.winner(rows) or {"setting": None})["setting"] == who
-    assert study.sentence(rows, None).startswith(says)
+    assert study.sentence("planner", rows, None).startswith(says)
 
 
 @pytest.mark.parametrize("luck", [False, True])
