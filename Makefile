@@ -31,8 +31,9 @@ run: env ## the main job: data, training, evaluation, report (again: only what c
 tune: env ## try values of the parameters, as `tune` in params.yaml says (WORKERS=2: side by side)
 	@python -m pipeline.tune --workers $(or $(WORKERS),1)
 
+# Three at a time on two cores: some of them wait for others' heartbeats.
 test: env ## the tests, fast ones first
-	@python -m pytest -n 2 --maxschedchunk 1
+	@python -m pytest -n 3 --dist loadgroup
 
 check: env ## format, lint and types
 	@python -m ruff format --check .

@@ -15,3 +15,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(
         key=lambda item: sum(mark.name in ("slow", "learn", "e2e") for mark in item.iter_markers())
     )
+    for item in items:
+        if item.get_closest_marker("e2e"):  # a file's share a clone and a server: in one worker
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
