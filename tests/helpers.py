@@ -158,12 +158,11 @@ def dsrl_job(cell: Cell, seed: int = 0, parts: Parts | None = None) -> Interacti
     return interaction(cell, DSRL(policy, cell, demos, seed=seed), seed)
 
 
-def interaction(cell: Cell, agent: Agent, seed: int) -> Interaction:
-    """The agent in the toy environment, with the cell's budget."""
+def interaction(cell: Cell, agent: Agent, seed: int, env: BatchedEnv | None = None) -> Interaction:
+    """The agent in the toy environment, or in `env`, with the cell's budget."""
     config = cell.modip
-    env = BatchedEnv("modip/Toy-v0", config.num_envs)
     return Interaction(
-        agent, env, env_steps=config.env_steps, episode_steps=config.episode_steps,
+        agent, env or BatchedEnv("modip/Toy-v0", config.num_envs), env_steps=config.env_steps, episode_steps=config.episode_steps,
         seed=seed, device=torch.device("cpu"),
     )  # fmt: skip
 
