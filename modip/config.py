@@ -433,6 +433,12 @@ class TuneConfig(Section):
     objective: ObjectiveConfig
     pruner: Annotated[HyperbandConfig | NoPrunerConfig, Field(discriminator="type")]
     sampler: SamplerConfig
+    shortlist: Count = Field(
+        description="best settings that run again beside the default, which the winner is chosen by"
+    )
+    shortlist_seeds: list[Annotated[int, Field(ge=0, le=2_000)]] = Field(
+        description="more seeds for them, each with a trial's budget", min_length=1
+    )
     confirm_seeds: list[Annotated[int, Field(ge=0, le=2_000)]] = Field(
         description="fresh seeds on which winner and default are compared, with the whole budget",
         min_length=2,
@@ -445,11 +451,14 @@ class TuneConfig(Section):
                 raise ValueError(f"{name}: low {one.low} is not below high {one.high}: widen it")
             if not isinstance(one, Choice) and one.log and one.low <= 0:
                 raise ValueError(f"{name}: low {one.low} has no logarithm: raise it, or log: false")
-        both = sorted(set(self.seeds) & set(self.confirm_seeds))
-        if both or len(set(self.confirm_seeds)) < len(self.confirm_seeds):
-            raise ValueError(
-                f"confirm_seeds {self.confirm_seeds} must be fresh: none twice, none of seeds {self.seeds}"
-            )
+        used = self.seeds
+        for name in ("shortlist_seeds", "confirm_seeds"):
+            fresh = getattr(self, name)
+            if len({*used, *fresh}) < len(set(used)) + len(fresh):
+                raise ValueError(
+                    f"{name} {fresh} must be fresh: none twice, none of those used before, {used}"
+                )
+            used = [*used, *fresh]
         if isinstance(self.pruner, HyperbandConfig) and self.pruner.min_resource > self.env_steps:
             raise ValueError(
                 f"pruner.min_resource {self.pruner.min_resource} exceeds env_steps {self.env_steps}: lower it"

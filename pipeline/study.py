@@ -1,4 +1,4 @@
-"""What is left of a study: its record, its page, its best trial's weights, and the winner in params.yaml."""
+"""What is left of a study: its winner, record and page, the weights of the winner's trial, and params.yaml with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ import plotly.graph_objects as go
 import plotly.offline
 from markupsafe import Markup
 from optuna.trial import FrozenTrial, TrialState
+from rich import box
 from rich.console import Console
+from rich.table import Table as Grid
 from rich.text import Text
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
@@ -37,56 +39,114 @@ BEST = report.REPORT / "best_params.yaml"
 WEIGHTS = Path("trials")
 """Weights of a study's trials, in its copy of the tree."""
 KEPT = Path("data/study")
-"""The best trial's weights, which DVC keeps."""
+"""The weights of the winner's trial, which DVC keeps."""
 TEMPLATE = Path(__file__).with_name("study_template.html.j2")
 NAMES = {"dp": "DP alone", "planner": "planner"}
+DEFAULT = "default"
+"""The setting of params.yaml, which trial 0 tries."""
+
+Row = dict[str, Any]
 
 
-def best(study: optuna.Study) -> FrozenTrial | None:
-    """The finished trial of the highest value, the earliest of equals; None if none finished."""
-    done = [one for one in study.get_trials(deepcopy=False) if one.state == TrialState.COMPLETE]
-    return max(done, key=lambda one: (one.value, -one.number), default=None)
+# What is chosen.
 
 
-def drop_weights(study: optuna.Study) -> None:
-    """Keep the best trial's weights and those of running trials."""
-    top = best(study)
+def finalists(params: Params, study: optuna.Study) -> dict[str, FrozenTrial]:
+    """The default's trial, finished or not, then the best complete ones of other settings, best first, by their names."""
+    trials = study.get_trials(deepcopy=False)
+    found = {DEFAULT: trials[0]}
+    done = [one for one in trials if one.state == TrialState.COMPLETE]
+    for one in sorted(done, key=lambda one: (-(one.value or 0.0), one.number)):
+        new = all(one.params != known.params for known in found.values())
+        if new and len(found) <= params.tune.shortlist:
+            found[f"trial {one.number}"] = one
+    return found
+
+
+def shortlist(params: Params, study: optuna.Study, runs: list[FrozenTrial]) -> list[Row]:
+    """The finalists by the seeds of their trials and, with `runs`, by those of the shortlist.
+
+    `mean` is the objective's over all seeds, None if one is missing.
+    """
+    top = finalists(params, study)
+    seeds = [*params.tune.seeds, *(params.tune.shortlist_seeds if runs else [])]
+    ends = _ends(params, [*top.items(), *((one.params["setting"], one) for one in runs)])
+    rows = []
+    for name, one in top.items():
+        values = {policy: [ends.get((name, policy, seed)) for seed in seeds] for policy in NAMES}
+        mean = _mean(values[params.tune.objective.policy])
+        row = {"setting": name, "trial": one.number, "params": one.params, "seeds": seeds}
+        rows.append({**row, **values, "mean": mean})
+    return rows
+
+
+def winner(rows: list[Row]) -> Row | None:
+    """The row of the best mean, the first of equals: the default before the others. None if all lack a run."""
+    known = [row for row in rows if row["mean"] is not None]
+    return max(known, key=lambda row: float(row["mean"]), default=None)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """None if one is missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _ends(
+    params: Params, runs: Iterable[tuple[str, FrozenTrial]]
+) -> dict[tuple[str, str, int], float]:
+    """The objective's metric at the end of each complete run, by setting, policy and seed."""
+    found = {}
+    for setting, one in runs:
+        if one.state == TrialState.COMPLETE:
+            for row in sorted(one.user_attrs["curve"], key=lambda row: row["env_steps"]):
+                found[setting, row["policy"], row["seed"]] = row[params.tune.objective.metric]
+    return found
+
+
+def drop_weights(params: Params, study: optuna.Study) -> None:
+    """Keep the finalists' weights and those of running trials."""
+    kept = {one.number for one in finalists(params, study).values()}
     for one in study.get_trials(deepcopy=False):
-        if one.state.is_finished() and (top is None or one.number != top.number):
+        if one.state.is_finished() and one.number not in kept:
             shutil.rmtree(WEIGHTS / f"trial{one.number}", ignore_errors=True)
+
+
+# What is written.
 
 
 def write(
     params: Params,
     study: optuna.Study,
+    rows: list[Row],
     confirmed: list[FrozenTrial],
     home: Path,
     root: Path,
 ) -> dict[str, Any]:
-    """Write the record, the page, the winner and its weights under `root`. Returns the record."""
-    tune, top = params.tune, best(study)
-    trials = study.get_trials(deepcopy=False)
-    rows = [_row(params, study.study_name, one) for one in trials]
-    cell = params.cell(tune.dataset)
-    default = {where: value_of(cell, where) for where in tune.parameters}
-    verdict = _verdict(params, confirmed)
+    """Write the record, the page, the winner of the shortlist `rows` and its weights under `root`.
+
+    Returns the record.
+    """
+    tune, top = params.tune, winner(rows)
+    verdict = None if top is None else _verdict(params, top["setting"], confirmed)
     record = {
         "study": study.study_name,
         "dataset": tune.dataset,
-        "env": cell.source.env,
+        "env": params.cell(tune.dataset).source.env,
         "agent": tune.agent,
         "objective": tune.objective.model_dump(),
         "tune": tune.model_dump(mode="json"),
-        "default": default,
-        "best": None if top is None else {"trial": top.number, "value": top.value, "params": top.params},
+        "default": rows[0]["params"],
+        "shortlist": rows,
+        "winner": top,
         "confirmation": verdict,
-        "verdict": sentence(top is not None and dict(top.params) != default, verdict),
-        "trials": rows,
-    }  # fmt: skip
+        "verdict": sentence(tune.objective.policy, rows, verdict),
+        "trials": [_row(params, study.study_name, one) for one in study.get_trials(deepcopy=False)],
+    }
     write_json(root / RECORD, record)
     if top is not None:
         _write_best(root / BEST, record)
-        _keep_weights(home / WEIGHTS / f"trial{top.number}", root)
+        _keep_weights(home / WEIGHTS / f"trial{top['trial']}", root)
     _write_page(root / PAGE, params, study, record)
     return record
 
@@ -113,49 +173,63 @@ def _row(params: Params, name: str, one: FrozenTrial) -> dict[str, Any]:
     }
 
 
-def _verdict(params: Params, confirmed: Iterable[FrozenTrial]) -> dict[str, Any] | None:
-    """Winner against default, seed by seed; None without a complete pair of runs."""
-    values: dict[str, dict[int, float]] = {"default": {}, "winner": {}}
-    for one in confirmed:
-        if one.state == TrialState.COMPLETE and one.value is not None:
-            values[one.params["setting"]][one.params["seed"]] = one.value
-    pairs = [
-        (seed, values["winner"][seed], values["default"][seed])
-        for seed in params.tune.confirm_seeds
-        if all(seed in known for known in values.values())
+def _verdict(params: Params, setting: str, confirmed: Iterable[FrozenTrial]) -> Row | None:
+    """Winner against default, seed by seed, of both policies; None without a complete pair of runs."""
+    ends = _ends(params, [(one.params["setting"], one) for one in confirmed])
+    known = {(name, seed) for name, _, seed in ends}
+    seeds = [
+        seed for seed in params.tune.confirm_seeds if {(setting, seed), (DEFAULT, seed)} <= known
     ]
-    if not pairs:
+    if not seeds:
         return None
-    found = difference([pair[1] for pair in pairs], [pair[2] for pair in pairs])
-    known = not math.isnan(found.low)
+    pairs: dict[str, Row] = {}
+    for policy in NAMES:
+        ours, theirs = ([ends[name, policy, seed] for seed in seeds] for name in (setting, DEFAULT))
+        found = difference(ours, theirs)
+        low, high = (None if math.isnan(end) else end for end in (found.low, found.high))
+        pairs[policy] = {
+            "winner": ours,
+            "default": theirs,
+            "difference": found.value,
+            "low": low,
+            "high": high,
+        }
+    judged = pairs[params.tune.objective.policy]
     return {
-        "seeds": [pair[0] for pair in pairs],
-        "winner": [pair[1] for pair in pairs],
-        "default": [pair[2] for pair in pairs],
-        "difference": found.value,
-        "low": found.low if known else None,
-        "high": found.high if known else None,
-        "better": known and found.low > 0,
-        "missing": len(params.tune.confirm_seeds) - len(pairs),
+        "seeds": seeds,
+        "missing": len(params.tune.confirm_seeds) - len(seeds),
+        **pairs,
+        "better": judged["low"] is not None and judged["low"] > 0,
+        "worse": judged["high"] is not None and judged["high"] < 0,
     }
 
 
-def sentence(differs: bool, verdict: dict[str, Any] | None) -> str:
-    """What may be said of the winner."""
-    if not differs:
-        return "no better than the default: no trial did better than it"
+def sentence(policy: str, rows: list[Row], verdict: Row | None) -> str:
+    """What may be said of the shortlist's winner; `policy` is the objective's."""
+    top = winner(rows)
+    if top is None:
+        return "no winner: no setting ran to its end on every seed"
+    if top["setting"] == DEFAULT:
+        closest = winner(rows[1:])
+        if closest is None:
+            return "the default stands: no other setting ran to its end on every seed"
+        found = difference(top[policy], closest[policy])
+        return (
+            f"the default stands: {closest['setting']} came closest, {found.value:.3g} below it in the mean of "
+            f"{len(top[policy])} seeds (95 % interval {found.low:.3g} to {found.high:.3g})"
+        )
     if verdict is None:
-        return "not confirmed: no run on fresh seeds ended"
+        return "not confirmed: no pair of runs on fresh seeds ended"
     if verdict["better"]:
         return "better than the default"
-    if verdict["high"] is not None and verdict["high"] < 0:
+    if verdict["worse"]:
         return "worse than the default, on fresh seeds"
     return "no better than the default, as far as these seeds can tell"
 
 
 def _write_best(path: Path, record: dict[str, Any]) -> None:
     tree: dict[str, Any] = {}
-    for where, value in record["best"]["params"].items():
+    for where, value in record["winner"]["params"].items():
         section, *fields = where.split(".")
         at = tree.setdefault(section, {}).setdefault("by_dataset", {})
         at = at.setdefault(record["dataset"], {})
@@ -167,17 +241,19 @@ def _write_best(path: Path, record: dict[str, Any]) -> None:
     yaml.default_flow_style = False
     yaml.dump(tree, text)
     head = (
-        f"# Trial {record['best']['trial']} of study {record['study']}: {record['verdict']}.\n"
-        "# `python -m pipeline.tune --apply` writes it into params.yaml.\n"
+        f"# Trial {record['winner']['trial']} of study {record['study']}: {record['verdict']}.\n"
+        "# `python -m pipeline.tune --apply` writes it into params.yaml, if it is not the default.\n"
     )
     write_atomically(path, lambda to: to.write_text(head + text.getvalue()))
 
 
 def _keep_weights(source: Path, root: Path) -> None:
-    """The best trial's weights go to data/study, and DVC is told; they lie with the host that trained them."""
+    """The weights of the winner's trial go to data/study, and DVC is told; they lie with the host that trained them."""
     if not source.is_dir():
         log.warning(
-            "the best trial's weights lie on the host that ran it; its command makes them again"
+            "%s was left as it is: the weights of the winner's trial lie on the host that ran it; its command makes them "
+            "again",
+            KEPT,
         )
         return
     # Not into the folder itself: files that DVC linked to its cache may be read-only.
@@ -208,16 +284,52 @@ def _read() -> dict[str, Any]:
     return found
 
 
+def tables(
+    record: dict[str, Any],
+) -> list[tuple[str, list[str], list[tuple[str, list[float | None]]]]]:
+    """The shortlist, and the confirmation if there was one: a title, the columns, and rows of figures."""
+    policy, pairs = record["objective"]["policy"], record["confirmation"]
+    (other,) = NAMES.keys() - {policy}
+    seeds = [f"seed {seed}" for seed in record["shortlist"][0]["seeds"]]
+    short = [
+        (f"{one['setting']}: {_listed(one['params'])}", [*one[policy], one["mean"], _mean(one[other])])
+        for one in record["shortlist"]
+    ]  # fmt: skip
+    found = [("Shortlist", [*seeds, "mean", f"{NAMES[other]}, mean"], short)]
+    if pairs is not None:
+        fresh = [
+            (f"{who}, {name}", [*pairs[policy][who], _mean(pairs[policy][who])])
+            for policy, name in NAMES.items()
+            for who in ("winner", DEFAULT)
+        ]
+        seeds = [f"seed {seed}" for seed in pairs["seeds"]]
+        found.append(("Winner and default on fresh seeds", [*seeds, "mean"], fresh))
+    return found
+
+
+def _listed(values: dict[str, Value]) -> str:
+    return ", ".join(f"{where} {_shown(value)}" for where, value in values.items())
+
+
 def show(record: dict[str, Any]) -> None:
     """The study in a few lines, for a terminal."""
-    console, top = Console(), record["best"]
+    console = Console()
     states = [row["state"] for row in record["trials"]]
     parts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     console.print(f"{record['dataset']}: {parts}", highlight=False)
-    if top is not None:
-        shown = ", ".join(f"{where} {value:.4g}" if isinstance(value, float) else f"{where} {value}"
-                          for where, value in top["params"].items())  # fmt: skip
-        console.print(f"best: trial {top['trial']}, {shown}", highlight=False)
+    for title, columns, rows in tables(record):
+        grid = Grid(title, *columns, box=box.SIMPLE)
+        for name, values in rows:
+            grid.add_row(
+                name, *(report.number(one, record["objective"]["metric"]) for one in values)
+            )
+        console.print(grid)
+    for policy, name in NAMES.items() if record["confirmation"] else ():
+        pair, metric = record["confirmation"][policy], record["objective"]["metric"]
+        shown = [report.number(pair[field], metric) for field in ("difference", "low", "high")]
+        console.print("{}: winner - default {}, 95 % interval {} to {}".format(name, *shown))
+    if record["winner"]:
+        console.print(f"winner: {record['winner']['setting']}", highlight=False)
     console.print(Text(record["verdict"], "bold"))
     console.print(Text(str(PAGE), "dim"))
 
@@ -236,12 +348,14 @@ def round_trip() -> YAML:
 def apply(path: Path) -> None:
     """Write the last study's winner into params.yaml, under by_dataset of its data set; comments stay.
 
-    Raises UserError, and writes nothing, if the values would not hold there or would reach another data set.
+    Says what the values were, and the study's verdict: what is not confirmed can be written as well.
+    Raises UserError, and writes nothing, if the default stands, or the values would not hold there or would reach
+    another data set.
     """
     record = _read()
-    top, dataset = record["best"], record["dataset"]
-    if top is None:
-        raise UserError(f"{RECORD}: no trial finished, so there is no winner to apply")
+    top, dataset = record["winner"], record["dataset"]
+    if top is None or top["setting"] == DEFAULT:
+        raise UserError(f"{RECORD}: {record['verdict']}; there is nothing to apply")
     before = load(path)
     yaml = round_trip()
     old, plain = path.read_text(), StringIO()
@@ -269,9 +383,9 @@ def apply(path: Path) -> None:
             )
     broken = _as_broken(old, plain.getvalue(), text.getvalue())
     write_atomically(path, lambda to: to.write_text(broken))
-    log.info(
-        "%s: %s", path, ", ".join(f"{where} {value}" for where, value in top["params"].items())
-    )
+    for where, value in top["params"].items():
+        log.info("%s: %s %s, was %s", path, where, value, value_of(before.cell(dataset), where))
+    log.info("%s: %s", RECORD, record["verdict"])
 
 
 def _put(entries: CommentedMap, dataset: str, fields: list[str], value: Value) -> None:
@@ -317,7 +431,7 @@ def _write_page(path: Path, params: Params, study: optuna.Study, record: dict[st
     drawn = [
         ("History", lambda: visual.plot_optimization_history(study, target_name=target)),
         ("What mattered", lambda: visual.plot_param_importances(study)),
-        ("Best trial against the default", lambda: _curves(record, target)),
+        ("Winner against the default", lambda: _curves(record, target)),
     ]
     if len(names) > 1:
         contour = lambda: visual.plot_contour(study, params=names[:2], target_name=target)  # noqa: E731
@@ -331,6 +445,8 @@ def _write_page(path: Path, params: Params, study: optuna.Study, record: dict[st
         record=record,
         tune=params.tune,
         target=target,
+        tables=tables(record),
+        names=NAMES,
         figures=[(title, *_drawn(i, draw)) for i, (title, draw) in enumerate(drawn)],
         machine=report.machine(),
         styles=Markup(styles),
@@ -368,9 +484,9 @@ def _drawn(number: int, draw: Callable[[], go.Figure]) -> tuple[Markup | None, s
 
 
 def _curves(record: dict[str, Any], target: str) -> go.Figure:
-    """The objective along the environment steps: mean over the seeds of a trial."""
+    """The objective along the environment steps of the search: mean over the seeds of a trial."""
     figure, wanted = go.Figure(), record["objective"]
-    numbers = {0: "default", (record["best"] or {"trial": 0})["trial"]: "best"}
+    numbers = {0: "default", (record["winner"] or {"trial": 0})["trial"]: "winner"}
     for number, name in numbers.items():
         points: dict[int, list[float]] = {}
         for row in record["trials"][number]["curve"]:
@@ -379,7 +495,7 @@ def _curves(record: dict[str, Any], target: str) -> go.Figure:
         steps = sorted(points)
         figure.add_scatter(
             x=steps, y=[sum(points[at]) / len(points[at]) for at in steps], mode="lines+markers",
-            name=f"trial {number}: {name if number else 'default' if len(numbers) > 1 else 'default, and best'}",
+            name=f"trial {number}: {name if number else 'default'}",
             line={"color": figures.PALETTE[0 if not number else 2], "width": 2},
         )  # fmt: skip
     figure.update_layout(

@@ -7,9 +7,9 @@ whole run-cache for every stage; here only the entry in question travels.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ Entries = dict[str, Any]
 
 def entries(lock: str) -> Entries:
     """{stage: its entry} of a dvc.lock's text."""
-    found = YAML(typ="safe", pure=True).load(lock) or {}
+    found = YAML(typ="safe").load(lock) or {}  # by libyaml, which is much faster
     return dict(found.get("stages", {}))
 
 
@@ -44,10 +44,8 @@ def own(folder: Path) -> Entries:
 
 
 def text(found: Entries) -> str:
-    """A dvc.lock of these."""
-    written = StringIO()
-    YAML(typ="safe", pure=True).dump({"schema": "2.0", "stages": found}, written)
-    return written.getvalue()
+    """A dvc.lock of these, as JSON, which is YAML too."""
+    return json.dumps({"schema": "2.0", "stages": found}, indent=1)
 
 
 # Between a worktree, the cache and the remote.

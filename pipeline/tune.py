@@ -1,11 +1,14 @@
 """Tunes values of one data set's cell by a study: which to try, how long, and on what the winner is confirmed.
 
+Three parts: the search, by one or a few seeds a trial; the shortlist, its best settings and the default again on more
+seeds, which gives the winner; and, where that is not the default, the confirmation of the two on fresh seeds.
+
 A trial is a fine-tuning run of `tune.env_steps` from what is pre-trained already, by the code of the fine-tuning stage
 and with the values of params.yaml, but for those the trial tries; nothing edits params.yaml unless asked (--apply). DVC
 makes what trials start from, in a copy of the tree under scratch/tune/ that shares its cache and has the study's seeds,
 so `dvc repro` stays the only way anything is made and the user's own results are left alone.
 
-Writes report/study.html, report/study.json, report/best_params.yaml, and data/study, the best trial's weights. The
+Writes report/study.html, report/study.json, report/best_params.yaml, and data/study, the weights of the winner's trial. The
 trials are kept in scratch/tune/NAME/journal, or in the data base that OPTUNA_STORAGE names, where several hosts can
 work on one study. Run again it goes on: a killed trial from its last checkpoint.
 """
@@ -102,7 +105,8 @@ def check(params: Params) -> None:
 
 def name_of(params: Params) -> str:
     """A study's name: by its data set and by all that its trials' results depend on, its code included."""
-    tune = params.tune.model_dump(mode="json", exclude={"trials", "confirm_seeds"})
+    later = {"trials", "shortlist", "shortlist_seeds", "confirm_seeds"}
+    tune = params.tune.model_dump(mode="json", exclude=later)
     cell = params.cell(params.tune.dataset).model_dump(mode="json", include={"source", *SECTIONS})
     code = sorted(Path(modip.__file__).parent.rglob("*.py"))
     code += [Path(str(part.__file__)) for part in (evaluate, finetune, training)]
@@ -233,16 +237,17 @@ def _locked(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kind:
-    """What tells a study's trials from its confirmation's.
+    """What tells a study's trials from those of its shortlist and its confirmation.
 
-    `wanted` trials in all; `ask` starts one; `values` are those of a trial, a UserError if they do not fit; `run`
-    does it and gives its value.
+    `name` begins the names of their runs; `wanted` trials in all; `ask` starts one; `values` are those of a trial, a
+    UserError if they do not fit; `run` does it under a name and gives its value.
     """
 
+    name: str
     wanted: int
     ask: Callable[[optuna.Study], optuna.Trial]
     values: Callable[[optuna.Trial], Values]
-    run: Callable[[optuna.Trial, Values], float]
+    run: Callable[[optuna.Trial, Values, str], float]
 
 
 def search(params: Params) -> Kind:
@@ -264,10 +269,10 @@ def search(params: Params) -> Kind:
         trial_params(params, found)
         return found
 
-    def run(trial: optuna.Trial, values: Values) -> float:
-        return run_trial(trial, params, values, f"trial{trial.number}")
+    def run(trial: optuna.Trial, values: Values, name: str) -> float:
+        return run_trial(trial, params, values, name)
 
-    return Kind(tune.trials, ask, values, run)
+    return Kind("trial", tune.trials, ask, values, run)
 
 
 def _suggest(trial: optuna.Trial, where: str, params: Params) -> Value:
@@ -281,10 +286,10 @@ def _suggest(trial: optuna.Trial, where: str, params: Params) -> Value:
             return trial.suggest_float(where, searched.low, searched.high, log=searched.log)
 
 
-def confirmation(params: Params, winner: Values) -> Kind:
-    """Winner and default, each on every fresh seed."""
-    tune = params.tune
-    jobs = [(seed, setting) for seed in tune.confirm_seeds for setting in ("default", "winner")]
+def again(params: Params, part: str, settings: dict[str, Values], seeds: list[int]) -> Kind:
+    """Each of the settings on each seed: in the part `shortlist` by a trial's budget, in `confirm` by the whole one."""
+    changed = {"shortlist": trial_params, "confirm": confirm_params}[part]
+    jobs = [(seed, setting) for seed in seeds for setting in settings]
 
     def ask(found: optuna.Study) -> optuna.Trial:
         if not found.get_trials(deepcopy=False):
@@ -293,16 +298,13 @@ def confirmation(params: Params, winner: Values) -> Kind:
         return found.ask()
 
     def values(trial: optuna.Trial) -> Values:
-        trial.suggest_categorical("seed", tune.confirm_seeds)
-        setting = trial.suggest_categorical("setting", ["default", "winner"])
-        return winner if setting == "winner" else defaults(params)
+        trial.suggest_categorical("seed", seeds)
+        return settings[trial.suggest_categorical("setting", list(settings))]
 
-    def run(trial: optuna.Trial, values: Values) -> float:
-        return _run_seed(
-            confirm_params(params, values), trial.params["seed"], f"confirm{trial.number}", trial, None
-        )  # fmt: skip
+    def run(trial: optuna.Trial, values: Values, name: str) -> float:
+        return _run_seed(changed(params, values), trial.params["seed"], name, trial, None)
 
-    return Kind(len(jobs), ask, values, run)
+    return Kind(part, len(jobs), ask, values, run)
 
 
 def work(found: optuna.Study, kind: Kind, home: Path) -> None:
@@ -315,25 +317,25 @@ def work(found: optuna.Study, kind: Kind, home: Path) -> None:
                 continue
             return
         trial, values = claimed
+        name = f"{kind.name}{trial.number}"
         shown = ", ".join(f"{where} {value}" for where, value in values.items())
         with _alive(trial):
             try:
-                value = kind.run(trial, values)
+                value = kind.run(trial, values, name)
                 if not math.isfinite(value):
                     raise training.DivergedError(f"its value is {value}")
             except optuna.TrialPruned:
                 found.tell(trial, state=TrialState.PRUNED)
-                log.info("trial %d (%s): pruned", trial.number, shown)
+                log.info("%s (%s): pruned", name, shown)
             except training.DivergedError as error:
                 trial.set_user_attr("reason", str(error))
                 found.tell(trial, state=TrialState.FAIL)
-                log.warning("trial %d (%s): failed: %s", trial.number, shown, error)
+                log.warning("%s (%s): failed: %s", name, shown, error)
             else:
                 found.tell(trial, value)
-                log.info("trial %d (%s): %.4g", trial.number, shown, value)
-        for name in ("trial", "confirm"):
-            for folder in training.SCRATCH.glob(f"{name}{trial.number}-*"):
-                training.finish(folder)
+                log.info("%s (%s): %.4g", name, shown, value)
+        for folder in training.SCRATCH.glob(f"{name}-*"):
+            training.finish(folder)
 
 
 def counted(trials: list[FrozenTrial]) -> list[FrozenTrial]:
@@ -369,7 +371,7 @@ def _claim(found: optuna.Study, kind: Kind, home: Path) -> tuple[optuna.Trial, V
                 trial.set_user_attr("infeasible", str(error))
                 trial.set_constraint("fits", 1.0)
                 found.tell(trial, state=TrialState.PRUNED)
-                log.info("trial %d is infeasible: %s", trial.number, error)
+                log.info("%s%d is infeasible: %s", kind.name, trial.number, error)
                 continue
             if attempts == 1:
                 trial.set_constraint("fits", 0.0)
@@ -378,7 +380,7 @@ def _claim(found: optuna.Study, kind: Kind, home: Path) -> tuple[optuna.Trial, V
                 found.tell(trial, state=TrialState.FAIL)
                 continue
             if attempts > 1:
-                log.info("trial %d lost its worker: going on with it", trial.number)
+                log.info("%s%d lost its worker: going on with it", kind.name, trial.number)
             return trial, values
     raise UserError(
         f"params.yaml: tune.parameters: {INFEASIBLE} draws in a row do not fit (the last: {error_of(found)}); "
@@ -509,7 +511,7 @@ def _run_seed(
 
 
 def tune(source: Path, *, workers: int = 1) -> dict[str, Any]:
-    """Run or go on with the study that params.yaml describes, confirm its winner, write its pages.
+    """Run or go on with the study that params.yaml describes, choose and confirm its winner, write its pages.
 
     Call it from the project's root. Returns what report/study.json holds. Raises UserError for wrong input.
     """
@@ -523,24 +525,29 @@ def tune(source: Path, *, workers: int = 1) -> dict[str, Any]:
     began = len([one for one in counted(found.get_trials()) if one.state.is_finished()])
     log.info("study %s: %d of %d trials done", name, began, params.tune.trials)
     _run_workers(params, name, home, workers)
-    best = study.best(found)
-    confirmed: list[FrozenTrial] = []
-    if best is not None and dict(best.params) != defaults(params):
-        prepare(params, source, home, params.tune.confirm_seeds)
-        other = confirm_name(params, name, best.params)
+
+    def run_again(part: str, settings: dict[str, Values], seeds: list[int]) -> list[FrozenTrial]:
+        prepare(params, source, home, seeds)
+        key = hashlib.sha256(json.dumps([settings, seeds], sort_keys=True).encode()).hexdigest()[:8]
+        other = f"{name}-{part}-{key}"
         second = open_study(params, other, home)
         second.set_user_attr("commit", report.commit())
-        second.set_user_attr("winner", best.params)
-        log.info("trial %d is best; winner and default on fresh seeds", best.number)
+        second.set_user_attr("again", {"part": part, "settings": settings, "seeds": seeds})
+        log.info("%s: %s on seeds %s", part, ", ".join(settings), ", ".join(map(str, seeds)))
         _run_workers(params, other, home, workers)
-        confirmed = second.get_trials()
-    return study.write(params, found, confirmed, home, root)
+        return second.get_trials()
 
-
-def confirm_name(params: Params, name: str, winner: Values) -> str:
-    """The confirmation of one winner on one list of seeds."""
-    key = json.dumps([winner, params.tune.confirm_seeds], sort_keys=True)
-    return f"{name}-confirm-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    settings = {label: one.params for label, one in study.finalists(params, found).items()}
+    runs: list[FrozenTrial] = []
+    if len(settings) > 1:
+        runs = run_again("shortlist", settings, params.tune.shortlist_seeds)
+    rows = study.shortlist(params, found, runs)
+    top = study.winner(rows)
+    confirmed: list[FrozenTrial] = []
+    if top is not None and top["setting"] != study.DEFAULT:
+        pair = {label: settings[label] for label in (study.DEFAULT, top["setting"])}
+        confirmed = run_again("confirm", pair, params.tune.confirm_seeds)
+    return study.write(params, found, rows, confirmed, home, root)
 
 
 def _run_workers(params: Params, name: str, home: Path, number: int) -> None:
@@ -594,11 +601,10 @@ def _worker(params: Params, name: str) -> None:
     """A worker's whole life; it lives in the study's copy of the tree."""
     stage.use(params.cell(params.tune.dataset).runtime)
     found = open_study(params, name, Path.cwd())
-    winner = found.user_attrs.get("winner")
-    kind = search(params) if winner is None else confirmation(params, winner)
-    work(found, kind, Path.cwd())
-    if winner is None:
-        study.drop_weights(found)
+    given = found.user_attrs.get("again")
+    work(found, search(params) if given is None else again(params, **given), Path.cwd())
+    if given is None:
+        study.drop_weights(params, found)
 
 
 def _repeat(params: Params, source: Path, number: int) -> None:
@@ -643,7 +649,11 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
     result = stage.parser(__doc__)
     result.add_argument("--workers", type=int, default=1, help="trials run side by side [1]")
-    result.add_argument("--apply", action="store_true", help="write the winner into params.yaml")
+    result.add_argument(
+        "--apply",
+        action="store_true",
+        help="write the winner into params.yaml, whatever its verdict",
+    )
     result.add_argument("--repeat", type=int, metavar="TRIAL", help="run a recorded trial again")
     result.add_argument("--worker", metavar="STUDY", help=argparse.SUPPRESS)
     return result

@@ -1,12 +1,12 @@
-"""A run's own working tree, its stages as DVC knows them, and one stage run by DVC.
+"""A run's own working tree, its stages and jobs as DVC knows them, and one stage run by DVC.
 
 A run with other parameters needs another params.yaml and another dvc.lock. Editing the clone's own would change the
 user's files and let two runs at once write over each other; `dvc exp run` runs all stages of one experiment itself, one
-after the other. So each run has a git worktree in scratch/, made from the clone as it stands (uncommitted changes
-included), which shares the clone's DVC cache and run-cache: what any run has computed, every other one restores. The
-choice of cells and values is written into the worktree's params.yaml and committed on the branch `runs/NAME` before
-anything runs; dvc.lock is added to it at the end. `git diff main runs/NAME` shows what was different,
-`git checkout runs/NAME && dvc checkout` brings it back. The worktree is removed at the end; that of a run with a failed stage stays, for a look and for its retry.
+after the other. So each run, and each of its jobs on any machine, has a git worktree in scratch/, made from the clone as it
+stood (uncommitted changes included), which shares its clone's DVC cache: what any run has computed, every other restores.
+The choice of cells and values is committed on the branch `runs/NAME` before anything runs, and dvc.lock at the end.
+`git diff main runs/NAME` shows what was different, `git checkout runs/NAME && dvc checkout` brings it back. The worktree is
+removed at the end; that of a run with a failed stage stays, for a look.
 """
 
 from __future__ import annotations

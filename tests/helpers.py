@@ -89,7 +89,8 @@ def small_tree(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     for name in SECTIONS:
         tree[name] = {"base": {**tree[name]["base"], **SMALL[name]}, "by_dataset": {"toy": {}}}
     tree["tune"] |= {
-        "dataset": "toy", "env_steps": 48, "points": 2, "episodes": 4, "trials": 3, "confirm_seeds": [1, 2],
+        "dataset": "toy", "env_steps": 48, "points": 2, "episodes": 4, "trials": 3,
+        "shortlist": 1, "shortlist_seeds": [9], "confirm_seeds": [1, 2],
         "parameters": {"mppi.horizon": {"type": "int", "low": 1, "high": 4, "log": False}},
         "objective": {"policy": "planner", "metric": "return"}, "pruner": {"type": "none"},
     }  # fmt: skip

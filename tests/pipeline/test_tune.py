@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
+import logging
 import os
 import shutil
 import signal
@@ -38,13 +41,13 @@ def params_with(**changes: Any) -> Params:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What DVC would have made for three seeds."""
+    """What DVC would have made for the seeds of all three parts."""
     folder, params = tmp_path_factory.mktemp("study"), params_with()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for main in (resolve, download, convert):
             main.body(argparse.Namespace(dataset="toy"), params)
-        for seed in (0, 1, 2):
+        for seed in (0, 1, 2, 9):
             for main in (pretrain_bc, pretrain_model):
                 main.body(argparse.Namespace(dataset="toy", seed=seed), params)
     return folder
@@ -93,10 +96,13 @@ def test_a_study_tries_prunes_and_skips_what_does_not_fit(home: Path, tmp_path: 
             assert max(steps) >= params.tune.env_steps
             assert one.value == one.user_attrs["curve"][-1]["return"]  # the planner's, at the end
     assert not list((home / "scratch").glob("trial*"))
-    study.drop_weights(found)
-    top = study.best(found)
-    assert top is not None
-    assert [path.name for path in study.WEIGHTS.iterdir()] == [f"trial{top.number}"]
+    study.drop_weights(params, found)
+    top = study.finalists(params, found)
+    assert len(top) == 2
+    assert "default" in top
+    assert {path.name for path in study.WEIGHTS.iterdir()} == {
+        f"trial{one.number}" for one in top.values()
+    }
 
     # Asked for more, it goes on; asked again, it does nothing.
     tune.work(found, tune.search(params), home)
@@ -106,24 +112,53 @@ def test_a_study_tries_prunes_and_skips_what_does_not_fit(home: Path, tmp_path: 
     tune.work(found, tune.search(more), home)
     assert len(tune.counted(found.get_trials())) == 8
 
+    # The shortlist: the best setting and the default on another seed, with a trial's budget and start states.
+    top = study.finalists(more, found)
+    settings = {name: one.params for name, one in top.items()}
+    again = tune.open_study(params, "whole-shortlist", home)
+    tune.work(again, tune.again(params, "shortlist", settings, [9]), home)
+    runs = again.get_trials()
+    assert [(one.params["seed"], one.params["setting"]) for one in runs] == [(9, n) for n in top]
+    assert {one.user_attrs["curve"][-1]["episodes"] for one in runs} == {4}
+    rows = study.shortlist(more, found, runs)
+    for row, ran in zip(rows, runs, strict=True):
+        assert (row["seeds"], row["planner"]) == ([0, 9], [top[row["setting"]].value, ran.value])
+        assert row["mean"] == sum(row["planner"]) / 2
+    first = study.winner(rows)
+    assert first is not None
+    assert first["mean"] == max(row["mean"] for row in rows)
+
     # On fresh seeds: both settings on each, with the whole budget, judged by the final evaluation.
-    winner = {"mppi.horizon": 2, "mppi.temperature": 1.5}
     second = tune.open_study(params, "whole-confirm", home)
-    tune.work(second, tune.confirmation(params, winner), home)
+    tune.work(second, tune.again(params, "confirm", settings, [1, 2]), home)
     seen = {(one.params["seed"], one.params["setting"]) for one in second.get_trials()}
-    assert seen == {(s, w) for s in (1, 2) for w in ("default", "winner")}
+    assert seen == {(s, w) for s in (1, 2) for w in top}
     assert {one.user_attrs["curve"][-1]["episodes"] for one in second.get_trials()} == {6}
     assert all(one.user_attrs["curve"][-1]["env_steps"] >= 60 for one in second.get_trials())
 
     # The record, the page, the winner.
-    record = study.write(params, found, second.get_trials(), home, tmp_path)
+    rows = [
+        {**row, "mean": float(row["setting"] != "default")} for row in rows
+    ]  # the other one wins
+    record = study.write(params, found, rows, second.get_trials(), home, tmp_path)
     assert json.loads((tmp_path / study.RECORD).read_text()) == record
+    assert (record["winner"], record["shortlist"]) == (rows[1], rows)
     rows = record["trials"]
     assert [row["number"] for row in rows] == list(range(len(found.get_trials())))
     assert {row["state"] for row in rows} == {"complete", "pruned", "infeasible"}
     assert record["confirmation"]["seeds"] == [1, 2]
+    ends = {
+        (one.params["setting"], one.params["seed"]): one.user_attrs["curve"][-2:]
+        for one in second.get_trials()
+    }
+    for i, policy in enumerate(("dp", "planner")):
+        pair = record["confirmation"][policy]
+        assert pair["default"] == [ends["default", seed][i]["return"] for seed in (1, 2)]
+        assert pair["winner"] == [ends[list(top)[1], seed][i]["return"] for seed in (1, 2)]
     best = YAML(typ="safe").load((tmp_path / study.BEST).read_text())
-    assert best["mppi"]["by_dataset"]["toy"]["horizon"] == record["best"]["params"]["mppi.horizon"]
+    assert (
+        best["mppi"]["by_dataset"]["toy"]["horizon"] == record["winner"]["params"]["mppi.horizon"]
+    )
     page = (tmp_path / study.PAGE).read_text()
     assert page.count("plotly.js v") == 1
     assert "Not drawn" not in page
@@ -169,7 +204,7 @@ def test_a_killed_trial_is_gone_on_with(home: Path) -> None:
     hurt = tune.open_study(params, "killed", home)
     assert [one.state for one in hurt.get_trials()] == [TrialState.RUNNING]
     said = _worker(home, "killed").communicate(timeout=120)[1].decode()
-    assert "trial 0 lost its worker: going on with it" in said
+    assert "trial0 lost its worker: going on with it" in said
     assert "resumed at" in said
     hurt = tune.open_study(params, "killed", home)
     assert [one.user_attrs["attempts"] for one in hurt.get_trials()] == [2, 1]
@@ -228,7 +263,7 @@ def test_ranges_that_never_fit_are_the_users_error(home: Path) -> None:
     params = params_with(trials=2, parameters={"mppi.horizon": wide})
     found = tune.open_study(params, "never", home)
     kind = tune.search(params)
-    monkey = tune.Kind(kind.wanted, kind.ask, kind.values, lambda trial, values: 1.0)
+    monkey = dataclasses.replace(kind, run=lambda *given: 1.0)
     with pytest.raises(UserError, match=r"50 draws in a row .*exceeds chunk.horizon 4.*narrow"):
         tune.work(found, monkey, home)
 
@@ -243,6 +278,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no logarithm": ({"parameters": {"mppi.penalty": {**TEMPERATURE, "low": 0.0}}}, "no logarithm"),
     "unknown data set": ({"dataset": "toi"}, "tune.dataset 'toi' is unknown: did you mean 'toy'"),
     "seeds not fresh": ({"confirm_seeds": [0, 1]}, "confirm_seeds .0, 1. must be fresh"),
+    "seeds of the shortlist": ({"confirm_seeds": [1, 9]}, "confirm_seeds .1, 9. must be fresh: .*used before, .0, 9."),
+    "a seed twice": ({"shortlist_seeds": [3, 3]}, "shortlist_seeds .3, 3. must be fresh"),
     "starts not its own": ({"first_seed": 10_003}, "tune.first_seed .value 10003"),
     "pruner beyond the budget": ({"pruner": {"type": "hyperband", "min_resource": 99, "reduction_factor": 2}}, "min_resource 99 exceeds env_steps 48"),
 }  # fmt: skip
@@ -271,7 +308,8 @@ def test_a_measure_that_is_not_there_is_refused() -> None:
 )
 def test_a_study_of_other_trials_is_another_study(changes: dict[str, Any]) -> None:
     assert tune.name_of(params_with(**changes)) != tune.name_of(params_with())
-    assert tune.name_of(params_with(trials=9)) == tune.name_of(params_with())
+    more = params_with(trials=9, shortlist=2, shortlist_seeds=[5], confirm_seeds=[6, 7])
+    assert tune.name_of(more) == tune.name_of(params_with())
 
 
 def test_a_trial_keeps_the_shares_of_its_budget() -> None:
@@ -299,17 +337,140 @@ def test_better_is_said_only_with_confidence(
             value=value,
             params={"setting": setting, "seed": seed},
             distributions={
-                "setting": optuna.distributions.CategoricalDistribution(["default", "winner"]),
+                "setting": optuna.distributions.CategoricalDistribution(["default", "trial 3"]),
                 "seed": optuna.distributions.CategoricalDistribution([1, 2, 3]),
             },
+            user_attrs={
+                "curve": [
+                    {"seed": seed, "env_steps": 60, "policy": policy, "return": found}
+                    for policy, found in (("dp", -value), ("planner", value))
+                ]
+            },
         )
-        for setting, values in (("winner", winner), ("default", default))
+        for setting, values in (("trial 3", winner), ("default", default))
         for seed, value in zip((1, 2, 3), values, strict=True)
     ]
-    verdict = study._verdict(params, runs)
-    assert study.sentence(True, verdict).startswith(says)
-    assert study.sentence(False, verdict).startswith("no better than the default")
-    assert study.sentence(True, study._verdict(params, runs[:3])).startswith("not confirmed")
+    rows = [{"setting": "default", "mean": 1.0}, {"setting": "trial 3", "mean": 2.0}]
+    verdict = study._verdict(params, "trial 3", runs)
+    assert verdict is not None
+    assert verdict["dp"]["difference"] == -verdict["planner"]["difference"]  # judged by the planner
+    assert study.sentence("planner", rows, verdict).startswith(says)
+    part = study._verdict(params, "trial 3", runs[:5])
+    assert part is not None
+    assert (part["seeds"], part["missing"]) == ([1, 2], 1)
+    assert study.sentence("planner", rows, study._verdict(params, "trial 3", runs[:3])).startswith(
+        "not conf"
+    )
+
+
+@pytest.mark.parametrize(
+    ("means", "who", "says"),
+    [
+        ((1.5, 2.0, 1.0), "trial 3", "not confirmed"),
+        ((2.0, 1.0, 2.0), "default", "the default stands: trial 4 came closest, 0 below it"),
+        (
+            (2.0, 1.75, None),
+            "default",
+            "the default stands: trial 3 came closest, 0.25 below it in the mean of 2 seeds",
+        ),
+        ((2.0, None, None), "default", "the default stands: no other setting ran to its end"),
+        ((None, 1.0, None), "trial 3", "not confirmed"),
+        ((None, None, None), None, "no winner"),
+    ],
+)
+def test_the_best_mean_wins_and_the_default_wins_ties(
+    means: tuple[float | None, ...], who: str | None, says: str
+) -> None:
+    names = ("default", "trial 3", "trial 4")
+    rows = [
+        {"setting": name, "mean": mean, "planner": [mean, mean]}
+        for name, mean in zip(names, means, strict=True)
+    ]
+    assert (study.winner(rows) or {"setting": None})["setting"] == who
+    assert study.sentence("planner", rows, None).startswith(says)
+
+
+@pytest.mark.parametrize("luck", [False, True])
+def test_only_a_winner_of_the_shortlist_is_confirmed(
+    luck: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three parts: a best trial that was only lucky does not win. Asked again, nothing runs."""
+    params = params_with(trials=3)
+    _save(params, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    prepared, ran = [], []
+
+    def prepare(params: Params, source: Path, place: Path, seeds: list[int]) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        prepared.append(seeds)
+
+    def run_workers(params: Params, name: str, place: Path, number: int) -> None:
+        with contextlib.chdir(place):
+            tune._worker(params, name)
+
+    def run_seed(params: Params, seed: int, name: str, trial: Any, *given: Any) -> float:
+        ran.append((name, seed))
+        default = params.cell("toy").mppi.temperature == 0.5
+        value = 2.0 if default else 3.0 if seed == 0 or not luck else 0.0
+        curve = [
+            {"seed": seed, "env_steps": 48, "policy": policy, "return": value}
+            for policy in ("dp", "planner")
+        ]
+        trial.set_user_attr("curve", curve)
+        return value
+
+    for name, given in (("prepare", prepare), ("_run_workers", run_workers), ("_run_seed", run_seed)):  # fmt: skip
+        monkeypatch.setattr(tune, name, given)
+    record = tune.tune(Path("params.yaml"))
+    search, more = [("trial0", 0), ("trial1", 0), ("trial2", 0)], [("shortlist0", 9), ("shortlist1", 9)]  # fmt: skip
+    if luck:
+        assert ran == [*search, *more]
+        assert record["winner"]["setting"] == "default"
+        assert record["confirmation"] is None
+        assert record["verdict"].startswith("the default stands: trial 1 came closest, 0.5 below")
+    else:
+        assert ran == [*search, *more, *((f"confirm{i}", 1 + i // 2) for i in range(4))]
+        assert record["winner"]["setting"] == "trial 1"
+        assert record["verdict"] == "better than the default"
+    assert prepared == [[0], [9], [1, 2]][: 2 if luck else 3]
+    done = len(ran)
+    assert tune.tune(Path("params.yaml")) == record
+    assert len(ran) == done
+    study.show(record)
+
+
+def test_a_setting_that_diverged_on_a_seed_is_out_of_the_race(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = params_with(trials=4, shortlist=2, shortlist_seeds=[1, 2], confirm_seeds=[3, 4])
+
+    def run(params: Params, seed: int, name: str, trial: Any, *given: Any) -> float:
+        if (trial.params.get("setting"), seed) == ("trial 3", 2):
+            raise training.DivergedError("policy_loss is nan")
+        value = seed + float("trial 3" in trial.params.values()) + trial.number * (seed == 0)
+        curve = [
+            {"seed": seed, "env_steps": 48, "policy": policy, "return": value}
+            for policy in ("dp", "planner")
+        ]
+        trial.set_user_attr("curve", curve)
+        return float(value)
+
+    monkeypatch.setattr(tune, "_run_seed", run)
+    found = tune.open_study(params, "race", home)
+    tune.work(found, tune.search(params), home)
+    top = study.finalists(params, found)
+    assert list(top) == ["default", "trial 3", "trial 2"]
+    settings = {name: one.params for name, one in top.items()}
+    again = tune.open_study(params, "race-again", home)
+    tune.work(again, tune.again(params, "shortlist", settings, [1, 2]), home)
+    assert states(again) == {"complete": 5, "fail": 1}
+    rows = study.shortlist(params, found, again.get_trials())
+    assert [row["planner"] for row in rows] == [[0, 1, 2], [3, 2, None], [2, 1, 2]]
+    assert [row["mean"] for row in rows] == [1, None, 5 / 3]
+    first = study.winner(rows)
+    assert first is not None
+    assert first["setting"] == "trial 2"
+    assert study.shortlist(params, found, [])[0]["seeds"] == [0]  # with nobody beside the default
 
 
 APPLIED: dict[str, dict[str, Any]] = {
@@ -319,17 +480,30 @@ APPLIED: dict[str, dict[str, Any]] = {
 }  # with no entry, with one that others share, and with a pattern
 
 
+def _record(dataset: str, setting: str, values: dict[str, Any]) -> None:
+    record = {
+        "dataset": dataset,
+        "winner": {"setting": setting, "params": values},
+        "verdict": "better than the default",
+    }
+    study.RECORD.parent.mkdir()
+    study.RECORD.write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize("dataset", APPLIED)
 def test_the_winner_goes_into_the_file_and_nothing_else_changes(
-    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = Path(shutil.copy(ROOT / "params.yaml", "params.yaml"))
     before, lines = load(path), path.read_text().splitlines()
-    study.RECORD.parent.mkdir()
-    best = {"trial": 1, "params": APPLIED[dataset]}
-    study.RECORD.write_text(json.dumps({"dataset": dataset, "best": best}))
-    study.apply(path)
+    _record(dataset, "trial 1", APPLIED[dataset])
+    with caplog.at_level(logging.INFO):
+        study.apply(path)
+    assert caplog.messages[-1] == "report/study.json: better than the default"
+    for where, value in APPLIED[dataset].items():
+        old = study.value_of(before.cell(dataset), where)
+        assert f"params.yaml: {where} {value}, was {old}" in caplog.messages
     after, written = load(path), path.read_text().splitlines()
     for where, value in APPLIED[dataset].items():
         assert study.value_of(after.cell(dataset), where) == value
@@ -346,12 +520,19 @@ def test_an_entry_that_a_later_pattern_overrides_is_refused(
     tree = small_tree()
     tree["mppi"]["by_dataset"] = {"toy": {"horizon": 2}, "t*": {"horizon": 1}}
     YAML().dump(tree, tmp_path / "params.yaml")
-    study.RECORD.parent.mkdir()
-    best = {"trial": 1, "params": {"mppi.horizon": 4}}
-    study.RECORD.write_text(json.dumps({"dataset": "toy", "best": best}))
+    _record("toy", "trial 1", {"mppi.horizon": 4})
     with pytest.raises(UserError, match="an entry after 'toy' sets mppi.horizon again"):
         study.apply(Path("params.yaml"))
     assert load(Path("params.yaml")).cell("toy").mppi.horizon == 1
+
+
+def test_a_default_that_stands_is_not_applied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _record("toy", "default", {"mppi.horizon": 4})
+    with pytest.raises(UserError, match=r"study.json: .*; there is nothing to apply"):
+        study.apply(ROOT / "params.yaml")
 
 
 def test_without_a_study_there_is_nothing_to_apply(
