@@ -62,7 +62,8 @@ clean: ## remove the environment, unfinished runs, downloads and tool caches; da
 	rm -rf .venv .venv-robosuite scratch .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
-# VENV/lock is the lock that was installed, written last: an interrupted installation starts over.
+# VENV/lock is the lock that was installed, written last: an interrupted installation starts over. The base interpreter
+# makes it: what is found may be that of the environment to be replaced.
 env:
 	@cmp -s $(LOCK) $(VENV)/lock || $(MAKE) --no-print-directory install
 
@@ -78,6 +79,7 @@ install:
 	    "Install one, or name it: make PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; \
 	fi; \
+	python="$$("$$python" -c 'import sys; print(sys._base_executable)')"; \
 	echo "creating $(VENV) with $$("$$python" --version), once; one to four minutes"; \
 	rm -rf $(VENV); \
 	"$$python" -m venv $(VENV); \
