@@ -238,6 +238,53 @@ class ModipConfig(Section):
         )
 
 
+class NoiseActorConfig(Section):
+    """What chooses the initial noise of a frozen policy."""
+
+    width: Count = Field(description="units per layer")
+    layers: Count = Field(description="hidden layers")
+    bound: Positive = Field(description="largest noise it can choose, in standard deviations")
+
+
+class DSRLConfig(Section):
+    """The DSRL agent; its budget, its environments and their episodes are modip's."""
+
+    critic: Literal["noise", "aliased"] = Field(
+        description="Q of noise (DSRL-SAC), or of actions, distilled into one of noise (DSRL-NA)"
+    )
+    actor: NoiseActorConfig
+    ensemble: Count = Field(description="critics, of which the smallest value counts")
+    width: Count = Field(description="units per layer of a critic")
+    layers: Count = Field(description="hidden layers of a critic")
+    initial_share: Share = Field(
+        description="share of the budget acted with the policy's own noise, before anything is learned"
+    )
+    updates: NonNegative = Field(
+        description="updates of critics and actor per environment step, the initial ones included"
+    )
+    distillations: Count = Field(
+        description="updates of the critic of noise per update, where critic is aliased"
+    )
+    offline_share: Share = Field(
+        description="share of the data set in the batches, where critic is aliased"
+    )
+    discount: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="per environment step")
+    target_entropy: float = Field(description="of noise / bound, a chunk's, in nats")
+    initial_temperature: Positive = Field(description="weight of the entropy at first")
+    batch_size: Count = Field(description="chunks per update")
+    lr: Positive = Field(description="AdamW rate, decayed to a tenth by a cosine")
+    grad_clip: Positive = Field(description="largest gradient norm")
+    ema_decay: Share = Field(description="memory of the target networks")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.critic == "noise" and self.offline_share > 0:
+            raise ValueError(
+                f"offline_share {self.offline_share} needs critic aliased: demonstrations hold no noise; set it to 0"
+            )
+        return self
+
+
 class EvaluationConfig(Section):
     """One evaluation for curves and for the final figures."""
 
@@ -263,6 +310,7 @@ class Cell(Section):
     critics: CriticsConfig
     mppi: MPPIConfig
     modip: ModipConfig
+    dsrl: DSRLConfig
     evaluation: EvaluationConfig
 
     @model_validator(mode="after")
@@ -288,7 +336,9 @@ class Cell(Section):
         return self
 
 
-SECTIONS = ("chunk", "diffusion", "world_model", "critics", "mppi", "modip", "evaluation")
+SECTIONS = (
+    "chunk", "diffusion", "world_model", "critics", "mppi", "modip", "dsrl", "evaluation",
+)  # fmt: skip
 
 Value = bool | int | float | str
 """What can be tuned: a number, a flag or a word."""

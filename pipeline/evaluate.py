@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modip import checkpoint, video
-from modip.agents.modip import Modip
 from modip.agents.modip import plan as plan_chunks
 from modip.artifacts import expect_spec, read_policy, restore_model
 from modip.config import Cell, Params
@@ -63,19 +62,21 @@ def summary(found: Episodes, env_id: str, has_success: bool) -> dict[str, Any]:
     }
 
 
-def curve_rows(task: Task, agent: Modip, env: BatchedEnv) -> list[dict[str, Any]]:
-    """The policy alone and the planner, on the first of the final evaluation's seeds."""
+def curve_rows(
+    task: Task, acts: dict[str, ActFn], env_steps: int, env: BatchedEnv
+) -> list[dict[str, Any]]:
+    """Each of the policies after so many steps, on the first of the final evaluation's seeds."""
     config = task.cell.evaluation
     seeds = range(config.first_seed, config.first_seed + config.curve_episodes)
     rows = []
-    for name, act in (("dp", agent.policy), ("planner", agent.planner)):
+    for name, act in acts.items():
         generator = evaluation_generator(task.seed, task.demos.table.device)
         found = evaluate(act, env, seeds, generator)
         row = summary(found, task.spec.env_id, env.spec.has_success)
         del row["max_reward"], row["length"]
         rows.append({"policy": name, **row})
         shown = "" if row["success"] is None else f"success {row['success']:.2f}, "
-        log.info("%d env steps, %s: %sreturn %.1f", agent.env_steps, name, shown, row["return"])
+        log.info("%d env steps, %s: %sreturn %.1f", env_steps, name, shown, row["return"])
     return rows
 
 
@@ -107,6 +108,7 @@ def body(args: argparse.Namespace, params: Params) -> None:
         ]
     else:
         judged = [_policy(task, final / "policy", "final")]
+    if args.agent == "modip":
         parts = _planner(task, final)
         judged.append(
             Judged(

@@ -1,7 +1,7 @@
 """Improves the cloned policy by one agent, within its budget of environment steps.
 
-Writes data/artifacts/DATASET/AGENT/SEED/: final/policy, for modip also its planner (final/prior, the
-policy it samples from, and final/model), curve.jsonl and timing.json.
+Writes data/artifacts/DATASET/AGENT/SEED/: final/policy (for dsrl the frozen one with the actor that steers it), for
+modip also its planner (final/prior, the policy it samples from, and final/model), curve.jsonl and timing.json.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from modip import checkpoint
 from modip.agents import AGENTS
 from modip.agents.bc import BC
+from modip.agents.dsrl import DSRL
 from modip.agents.modip import Modip
 from modip.artifacts import expect_spec, read_policy, restore_model, save_model, save_policy
 from modip.config import ModipConfig, Params, unknown
+from modip.diffusion import DiffusionPolicy
 from modip.envs import BatchedEnv
 from modip.errors import UserError
 from modip.files import write_atomically, write_json
-from modip.loops import Fit, Interaction
+from modip.loops import ActFn, Fit, Interaction
 from modip.parts import new_critics, new_model, new_policy
 from pipeline import stage, tracking, training
 from pipeline.evaluate import curve_rows
 from pipeline.training import Task
 
 log = logging.getLogger(__name__)
-READS = ("chunk", "diffusion", "world_model", "critics", "mppi", "modip", "evaluation")
+A = TypeVar("A", Modip, DSRL)
 LIVES = 3
 """Episodes that each environment should be able to live through."""
 
@@ -44,23 +46,26 @@ def body(args: argparse.Namespace, params: Params) -> None:
         raise UserError(unknown("--agent", args.agent, AGENTS))
     offset = params.cell(args.dataset).critics.reward_offset
     task = training.open_task(params, args.dataset, args.seed, reward_offset=offset)
-    if args.agent == "bc":
-        _control(task, task.pretrained / "policy")
-    else:
-        _modip(task)
+    {"bc": _control, "modip": _modip, "dsrl": _dsrl}[args.agent](task)
 
 
-def _control(task: Task, start: Path) -> None:
-    """BC, continued for as many updates as MODIP gives its policy, at MODIP's rate: the equally long control."""
-    cell, config = task.cell, task.cell.modip
+def _clone(task: Task) -> DiffusionPolicy:
+    """The pre-trained policy that agents start from."""
+    start = task.pretrained / "policy"
     policy, spec = read_policy(start)
     expect_spec(start, spec, task.spec)
+    return policy.to(task.demos.table.device)
+
+
+def _control(task: Task) -> None:
+    """BC, continued for as many updates as MODIP gives its policy, at MODIP's rate: the equally long control."""
+    cell, config, start = task.cell, task.cell.modip, task.pretrained / "policy"
     agent = BC(
-        policy.to(task.demos.table.device), cell, task.demos,
+        _clone(task), cell, task.demos,
         num_updates=config.num_policy_updates, lr=config.policy_lr, seed=task.seed,
     )  # fmt: skip
     job = Fit(agent)
-    folder = training.scratch_folder(task, "control", READS, checkpoint.fingerprint(start))
+    folder = training.scratch_folder(task, "control", AGENTS["bc"], checkpoint.fingerprint(start))
     done = training.run(
         job, task, folder, title="control: more cloning", unit="updates",
         total=config.num_policy_updates, done=lambda: job.grad_steps,
@@ -91,19 +96,19 @@ def doubt(config: ModipConfig, longest: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class Improvement:
-    """A finished run of MODIP: the agent, what it took, and `judge`, the evaluation of its curve's points."""
+class Improvement(Generic[A]):
+    """A finished online run: the agent, what it took, and `judge`, the evaluation of its curve's points."""
 
-    agent: Modip
+    agent: A
     done: training.Run
     folder: Path
-    parents: tuple[str, str]
+    parents: tuple[str, ...]
     judge: Callable[[], list[dict[str, Any]]]
 
 
 def improve(
     task: Task, name: str, on_point: Callable[[list[dict[str, Any]]], None] | None = None
-) -> Improvement:
+) -> Improvement[Modip]:
     """Run MODIP from the pre-trained parts to the end of its budget, or go on with it in scratch/.
 
     `name` tells runs of the same values apart. `on_point` is given the rows of each point of the curve; what it raises
@@ -119,29 +124,56 @@ def improve(
     model = new_model(cell, task.spec, task.demos)
     critics = new_critics(cell, task.spec, task.demos, model.latent_dim)
     if config.offline_pretraining:
-        policy, spec = read_policy(start)
-        expect_spec(start, spec, task.spec)
+        policy = _clone(task)
         restore_model(model_path, model, critics, task.spec)
     agent = Modip(
         policy.to(device), model.to(device), critics.to(device), cell, task.demos, seed=task.seed
     )
+
+    def distilled() -> int:
+        learned = agent.policy_learner.grad_steps
+        return max(0, learned - (config.num_policy_updates - config.final_updates))
+
+    return _interact(
+        task, agent, name, "modip", {"dp": agent.policy, "planner": agent.planner}, [start, model_path],
+        online=config.env_steps - config.final_env_steps,
+        afterwards=("distillation", config.final_updates, distilled), on_point=on_point,
+    )  # fmt: skip
+
+
+def _interact(
+    task: Task,
+    agent: A,
+    name: str,
+    kind: str,
+    acts: dict[str, ActFn],
+    parents: list[Path],
+    *,
+    online: int,
+    afterwards: tuple[str, int, Callable[[], int]] | None = None,
+    on_point: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> Improvement[A]:
+    """Run an online agent of `kind` to the end of its budget. The policies `acts` are judged along `online` steps.
+
+    `afterwards` is what follows the last environment step: its name, its updates, and how many of them are done.
+    """
+    cell, config = task.cell, task.cell.modip
     env = BatchedEnv(task.spec.env_id, config.num_envs)
     training.check_env(task, env)
     job = Interaction(
         agent, env, env_steps=config.env_steps, episode_steps=config.episode_steps,
-        seed=task.seed, device=device,
+        seed=task.seed, device=task.demos.table.device,
     )  # fmt: skip
     watched = BatchedEnv(
         task.spec.env_id, min(cell.evaluation.num_envs, cell.evaluation.curve_episodes)
     )
-    online = config.env_steps - config.final_env_steps
     points = [
         round(online * i / cell.evaluation.curve_points)
         for i in range(cell.evaluation.curve_points + 1)
     ]
 
     def judge() -> list[dict[str, Any]]:
-        return curve_rows(task, agent, watched)
+        return curve_rows(task, acts, agent.env_steps, watched)
 
     def at_point() -> list[dict[str, Any]]:
         rows = judge()
@@ -150,20 +182,19 @@ def improve(
         return rows
 
     def progress() -> int:
-        learned = agent.policy_learner.grad_steps
-        distilled = learned - (config.num_policy_updates - config.final_updates)
-        return min(job.env_steps, config.env_steps) + max(0, distilled)
+        return min(job.env_steps, config.env_steps) + (afterwards[2]() if afterwards else 0)
 
-    parents = (checkpoint.fingerprint(start), checkpoint.fingerprint(model_path))
-    folder = training.scratch_folder(task, name, READS, *parents)
+    prints = tuple(checkpoint.fingerprint(parent) for parent in parents)
+    folder = training.scratch_folder(task, name, AGENTS[kind], *prints)
+    title, more = (f", then {afterwards[0]}", afterwards[1]) if afterwards else ("", 0)
     done = training.run(
-        job, task, folder, title=f"{name}: env steps, then distillation", unit="steps",
-        total=config.env_steps + config.final_updates, done=progress, points=points, at_point=at_point,
+        job, task, folder, title=f"{name}: env steps{title}", unit="steps",
+        total=config.env_steps + more, done=progress, points=points, at_point=at_point,
     )  # fmt: skip
-    return Improvement(agent, done, folder, parents, judge)
+    return Improvement(agent, done, folder, prints, judge)
 
 
-def save(task: Task, out: Path, found: Improvement) -> None:
+def save(task: Task, out: Path, found: Improvement[Modip]) -> None:
     """Write the policy, and what its planner needs, into the folder `out`."""
     agent, cell = found.agent, task.cell
     meta = task.meta(
@@ -189,6 +220,26 @@ def _modip(task: Task) -> None:
         made={out / "final" / part: part for part in ("policy", "prior", "model")},
         given=[task.episodes, task.pretrained / "policy", task.pretrained / "model"],
     )
+
+
+def _dsrl(task: Task) -> None:
+    """DSRL on the pre-trained policy, which stays as it is, for as many environment steps as MODIP takes."""
+    start, budget = task.pretrained / "policy", task.cell.modip.env_steps
+    torch.manual_seed(task.seed)
+    agent = DSRL(_clone(task), task.cell, task.demos, seed=task.seed)
+    found = _interact(task, agent, "dsrl", "dsrl", {"dp": agent.policy}, [start], online=budget)
+    out = task.results("dsrl")
+    meta = task.meta(
+        agent="dsrl",
+        env_steps=agent.env_steps,
+        grad_steps=agent.actor.grad_steps,
+        parent=found.parents[0],
+    )
+    save_policy(out / "final" / "policy", agent.steered, task.cell, task.spec, meta)
+    _write_curve(out, found.done)
+    training.finish(found.folder)
+    made = {out / "final" / "policy": "policy"}
+    tracking.publish(f"made-{found.folder.name}", made=made, given=[task.episodes, start])
 
 
 def _write_curve(out: Path, done: training.Run) -> None:

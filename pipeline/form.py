@@ -35,7 +35,7 @@ def _datasets() -> Sequence[str]:
 
 
 DATASET = OneOf("data set", _datasets)
-AGENT = OneOf("agent", lambda: AGENTS)
+AGENT = OneOf("agent", lambda: tuple(AGENTS))
 Dataset = Annotated[str, AfterValidator(DATASET.check), DATASET]
 Agent = Annotated[str, AfterValidator(AGENT.check), AGENT]
 Seed = Annotated[int, Field(ge=0, le=2_000)]

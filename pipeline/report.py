@@ -66,7 +66,11 @@ Key = tuple[str, str, str]
 """agent, stage, policy"""
 
 MEASURES = ("success", "return", "score")
-LABELS = {("bc", "bc", "dp"): "BC", ("bc", "control", "dp"): "BC control"}
+LABELS = {
+    ("bc", "bc", "dp"): "BC",
+    ("bc", "control", "dp"): "BC control",
+    ("dsrl", "final", "dp"): "DSRL",
+}
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,14 @@ class Run:
             for policy, found in policies.items()
         ]
 
+    @property
+    def offline(self) -> list[str]:
+        """What was pre-trained for this agent, by the names in its timing."""
+        return ["pretrain_bc", "pretrain_model"] if self.agent == "modip" else ["pretrain_bc"]
+
     def seconds(self, name: str) -> float | None:
         """Training time to the policies of stage `name`, or None where it was not recorded."""
-        parts = ["pretrain_bc"] if self.agent == "bc" else ["pretrain_bc", "pretrain_model"]
-        if name != "bc":
-            parts.append("finetune")
+        parts = self.offline if name == "bc" else [*self.offline, "finetune"]
         return sum(self.timing[part] for part in parts) if set(parts) <= set(self.timing) else None
 
 
@@ -484,7 +491,7 @@ def _curves(
 
 def _points(run: Run, policy: str, measure: str, axis: str) -> list[tuple[float, float]]:
     """A seed's curve; a value that was not finite leaves a gap. Minutes count the offline training too."""
-    before = run.timing.get("pretrain_bc", 0.0) + run.timing.get("pretrain_model", 0.0)
+    before = sum(run.timing.get(part, 0.0) for part in run.offline)
     return [
         (
             row["env_steps"] if axis == "env_steps" else (before + row["seconds"]) / 60,
@@ -539,6 +546,7 @@ def _videos(runs: Sequence[Run]) -> dict[str, Any]:
         ("bc", "bc_dp", "Before: BC"),
         ("modip", "final_dp", "After: MODIP's DP alone"),
         ("modip", "final_planner", "After: MODIP's planner"),
+        ("dsrl", "final_dp", "After: DSRL"),
     )
     folders = {(run.agent, run.seed): run.videos for run in runs}
     best: list[dict[str, str]] = []

@@ -42,6 +42,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 import modip
 from modip import envs
+from modip.agents import AGENTS
 from modip.config import (
     SECTIONS,
     Choice,
@@ -61,7 +62,7 @@ from pipeline import evaluate, finetune, pretrain_bc, pretrain_model, report, st
 log = logging.getLogger(__name__)
 TUNABLE = tuple(
     name
-    for name in finetune.READS
+    for name in AGENTS["modip"]
     if name not in {*pretrain_bc.READS, *pretrain_model.READS, "evaluation"}
 )
 """Sections that only fine-tuning reads: a trial starts from what was pre-trained without them."""

@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from torch import Tensor
 
 from modip.agents.bc import BC
+from modip.agents.dsrl import DSRL
 from modip.agents.modip import Modip
 from modip.config import SECTIONS, Cell, build
 from modip.critics import Critics
@@ -30,7 +31,7 @@ from modip.envs import BatchedEnv
 from modip.loops import Fit, Interaction
 from modip.parts import new_critics, new_model, new_policy
 from modip.replay import Replay
-from modip.types import Spec, State
+from modip.types import Agent, Spec, State
 from modip.world_model import WorldModel
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,13 @@ SMALL: dict[str, dict[str, Any]] = {
         "planning": True, "offline_pretraining": True, "env_steps": 60, "final_env_steps": 12, "num_envs": 2,
         "model_updates": 0.25, "critic_updates": 0.25, "policy_updates": 0.5, "final_updates": 5,
         "plan_steps": 12,
+    },
+    "dsrl": {
+        "critic": "aliased", "actor": {"width": 16, "layers": 1, "bound": 1.5}, "ensemble": 2, "width": 16, "layers": 1,
+        "initial_share": 0.2,
+        "updates": 1.0, "distillations": 2, "offline_share": 0.5, "discount": 0.9,
+        "target_entropy": 0.0, "initial_temperature": 0.1, "batch_size": 16, "lr": 1e-3, "grad_clip": 10.0,
+        "ema_decay": 0.9,
     },
     "evaluation": {
         "episodes": 6, "num_envs": 3, "first_seed": 10_000, "curve_points": 2, "curve_episodes": 4, "videos": 0,
@@ -142,15 +150,27 @@ def bc_job(cell: Cell, seed: int = 0) -> Fit:
 def modip_job(cell: Cell, seed: int = 0, parts: Parts | None = None) -> Interaction:
     demos = demonstrations(cell)
     agent = Modip(*(parts or new_parts(cell, demos, seed)), cell, demos, seed=seed)
+    return interaction(cell, agent, seed)
+
+
+def dsrl_job(cell: Cell, seed: int = 0, parts: Parts | None = None) -> Interaction:
+    demos = demonstrations(cell)
+    policy = (parts or new_parts(cell, demos, seed)).policy
+    return interaction(cell, DSRL(policy, cell, demos, seed=seed), seed)
+
+
+def interaction(cell: Cell, agent: Agent, seed: int, env: BatchedEnv | None = None) -> Interaction:
+    """The agent in the toy environment, or in `env`, with the cell's budget."""
     config = cell.modip
-    env = BatchedEnv("modip/Toy-v0", config.num_envs)
     return Interaction(
-        agent, env, env_steps=config.env_steps, episode_steps=config.episode_steps,
+        agent, env or BatchedEnv("modip/Toy-v0", config.num_envs), env_steps=config.env_steps, episode_steps=config.episode_steps,
         seed=seed, device=torch.device("cpu"),
     )  # fmt: skip
 
 
-JOBS: dict[str, Callable[..., Fit | Interaction]] = {"bc": bc_job, "modip": modip_job}
+JOBS: dict[str, Callable[..., Fit | Interaction]] = {
+    "bc": bc_job, "modip": modip_job, "dsrl": dsrl_job,
+}  # fmt: skip
 """A small job of every agent, from fresh parts."""
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"returns", "nets", "normalizer", "mppi", "denoising_mdp", "video", "checkpoint"},
     {"diffusion", "critics", "world_model", "envs"},
     {"data"},
-    {"replay"},
+    {"replay", "steering"},
     {"imagination", "parts", "artifacts"},
     {"loops", "agents", "pretraining"},
     {""},  # modip/__init__.py: the interface

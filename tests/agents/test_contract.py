@@ -11,6 +11,7 @@ import torch
 from modip import checkpoint
 from modip.agents import AGENTS
 from modip.agents.bc import BC
+from modip.diffusion import DiffusionPolicy
 from modip.loops import Fit, Interaction
 from modip.types import State
 from tests.helpers import (
@@ -31,6 +32,12 @@ Job = Fit | Interaction
 
 def agent_of(job: Job) -> Any:
     return job.learner if isinstance(job, Fit) else job.agent
+
+
+def policy_of(agent: str, it: Any) -> DiffusionPolicy:
+    found = {"bc": "learner", "modip": "policy_learner", "dsrl": "steered"}[agent]
+    policy = getattr(it, found)
+    return policy if isinstance(policy, DiffusionPolicy) else policy.ema
 
 
 def finish(job: Job, units: int | None = None) -> list[dict[str, float]]:
@@ -72,11 +79,16 @@ def test_actions_are_chunks_in_range(agent: str, explore: bool, size: int) -> No
 @pytest.mark.parametrize("agent", AGENTS)
 def test_the_same_noise_is_the_same_action(agent: str) -> None:
     it, obs = agent_of(JOBS[agent](small_cell())), torch.randn(3, 4)
-    acts = [it.act] if agent == "bc" else [it.act, lambda o, g, explore: it.planner(o, g)]
-    for act in [*acts, lambda o, g, explore: it.policy(o, g)]:
+    acts = [it.act, lambda o, g, explore: it.policy(o, g)]
+    if agent == "modip":
+        acts.append(lambda o, g, explore: it.planner(o, g))
+    for act in acts:
         one = act(obs, generator(1), explore=False)
         assert torch.equal(one, act(obs, generator(1), explore=False))
-        assert not torch.equal(one, act(obs, generator(2), explore=False))
+        # What an actor has steered has no noise left.
+        assert torch.equal(one, act(obs, generator(2), explore=False)) == (agent == "dsrl")
+    one = it.act(obs, generator(1), explore=True)
+    assert not torch.equal(one, it.act(obs, generator(2), explore=True))
 
 
 @pytest.mark.parametrize("agent", AGENTS)
@@ -93,7 +105,7 @@ def test_acting_without_exploring_changes_nothing(agent: str) -> None:
 @pytest.mark.parametrize("agent", AGENTS)
 def test_a_batch_is_its_rows_given_the_noise(agent: str) -> None:
     it = agent_of(JOBS[agent](small_cell({"diffusion.eta": 0.0})))
-    policy = (it.learner if agent == "bc" else it.policy_learner).ema
+    policy = policy_of(agent, it)
     obs, noise = torch.randn(4, 4), torch.randn(4, *policy.shape)
     batch = policy.sample(obs, generator(), noise)
     for i in range(4):
@@ -109,7 +121,10 @@ def test_learning_changes_what_learns_and_nothing_else(agent: str) -> None:
     start = snapshot(it.state_dict())
     finish(job)
     changed = {where.split("/")[1] for where in differences(start, it.state_dict())}
-    learns = {"bc": {"learner"}, "modip": {"policy", "model", "critics"}}[agent]
+    learns = {
+        "bc": {"learner"}, "modip": {"policy", "model", "critics"},
+        "dsrl": {"actor", "critics", "noise_critics", "temperature"},
+    }[agent]  # fmt: skip
     assert learns <= changed
     # Statistics of the data and the schedule are no weights: they stay.
     for where in differences(start, it.state_dict()):
@@ -188,8 +203,8 @@ def poisoned(agent: str, part: str) -> Any:
     with torch.no_grad():
         for p in module.parameters():
             p.fill_(float("nan"))
-    if agent == "modip":
-        return modip_job(cell, parts=parts).agent
+    if agent != "bc":
+        return JOBS[agent](cell, parts=parts).agent
     return BC(parts.policy, cell, demonstrations(cell), num_updates=1, lr=1e-3, seed=0)
 
 

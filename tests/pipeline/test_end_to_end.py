@@ -146,6 +146,9 @@ def test_it_ends_with_figures_and_a_report(clone: Clone) -> None:
 def test_a_changed_value_reruns_what_depends_on_it_and_no_more(clone: Clone) -> None:
     clone.params["mppi"]["by_dataset"]["other"] = {"horizon": 2}
     clone.params["modip"]["by_dataset"]["other"] = {"keep": 0.1}
+    clone.params["dsrl"]["by_dataset"]["toy"] = {
+        "lr": 0.5
+    }  # a rival's, of which no cell is asked for
     clone.params["runtime"]["checkpoint_seconds"] = 0.2  # changes no result
     clone.save()
     ran, text = clone.repro()

@@ -90,7 +90,8 @@ def write_run(
     folder = report.ARTIFACTS / dataset / agent / str(seed)
     evaluation, details = folder / "evaluation", folder / "evaluation" / "details"
     plan = {"bc": [("bc", "dp", "bc", 0), ("control", "dp", "control", 0)],
-            "modip": [("final", "dp", "dp", 10_000), ("final", "planner", "planner", 10_000)]}[agent]  # fmt: skip
+            "modip": [("final", "dp", "dp", 10_000), ("final", "planner", "planner", 10_000)],
+            "dsrl": [("final", "dp", "dp", 10_000)]}[agent]  # fmt: skip
     results: Any = {}
     listed: Any = {}
     for name, policy, level, steps in plan:
@@ -107,7 +108,7 @@ def write_run(
     write(folder / "timing.json", {"finetune": 400.0, "evaluate": 7.0})
     if agent == "modip":
         write_modip(dataset, seed, folder)
-    films = {"bc": ["bc_dp"], "modip": ["final_dp", "final_planner"]}[agent]
+    films = {"bc": ["bc_dp"], "modip": ["final_dp", "final_planner"], "dsrl": ["final_dp"]}[agent]
     (details / "videos").mkdir()
     for film in films if videos else []:
         (details / "videos" / f"{film}.mp4").write_bytes(MP4)
@@ -263,6 +264,24 @@ def test_summary_holds_exactly_the_rows(built: Built) -> None:
             assert row[field] == found[field]
         bc = 60.0 + row["seed"]
         assert row["seconds"] == {"bc": bc, "control": bc + 400, "final": bc + 430}[row["stage"]]
+
+
+def test_a_rival_has_its_row_and_paid_for_no_model() -> None:
+    agents = ("bc", "modip", "dsrl")
+    params = parameters([FETCH], [0], agents)
+    for agent in agents:
+        write_run(FETCH, agent, 0)
+    write_facts(FETCH)
+    rows, missing = report.build(params)
+    assert not missing
+    own = [row for row in rows if row["agent"] == "dsrl"]
+    assert [(row["stage"], row["policy"], row["seconds"]) for row in own] == [
+        ("final", "dp", 460.0)
+    ]
+    assert any(line.startswith("DSRL ") for line in table(rows))
+    assert set(json.loads((report.REPORT / "metrics.json").read_text())[FETCH]) >= {"dsrl_dp"}
+    html, _ = page()
+    assert "After: DSRL" in html
 
 
 def test_metrics_are_means_over_seeds(built: Built) -> None:

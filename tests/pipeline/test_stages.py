@@ -35,7 +35,6 @@ STAGES: dict[str, dict[str, Any]] = YAML(typ="safe", pure=True).load((ROOT / "dv
 MAINS: dict[str, ModuleType] = {
     "pretrain_bc": pretrain_bc,
     "pretrain_model": pretrain_model,
-    "finetune": finetune,
     "evaluate": evaluate,
 }
 MATRIX = ("dataset", "agent", "seed")
@@ -59,6 +58,15 @@ def test_a_stage_depends_on_the_sections_its_program_reads(name: str) -> None:
     assert "params" not in STAGES[name]
 
 
+def test_fine_tuning_depends_on_the_values_of_its_agent() -> None:
+    """Written out for each agent: a rival's values make no other agent's cells stale."""
+    cells = "data/cells/${item.dataset}/"
+    assert [d for d in STAGES["finetune"]["deps"] if d.startswith(cells)] == [
+        f"{cells}agents/${{item.agent}}.json"
+    ]
+    assert "params" not in STAGES["finetune"]
+
+
 @pytest.mark.parametrize("name", ["download", "convert"])
 def test_a_data_stage_depends_on_its_data_sets_source(name: str) -> None:
     assert values_of(name) == {"source"}
@@ -80,8 +88,11 @@ def test_values_are_written_out_for_each_data_set(
     found = {}
     for dataset in ("toy", "a/b"):
         resolve.body(argparse.Namespace(dataset=dataset), params)
-        files = (tmp_path / "data" / "cells" / dataset).iterdir()
-        found[dataset] = {file.stem: json.loads(file.read_text()) for file in files}
+        folder = tmp_path / "data" / "cells" / dataset
+        found[dataset] = {f.stem: json.loads(f.read_text()) for f in folder.glob("*.json")}
+        for agent, reads in AGENTS.items():
+            values = json.loads((folder / "agents" / f"{agent}.json").read_text())
+            assert values == {name: found[dataset][name] for name in reads}
         assert set(found[dataset]) == {"source", *SECTIONS}
         assert found[dataset]["mppi"] == params.cell(dataset).mppi.model_dump()
     differ = {name for name in SECTIONS if found["toy"][name] != found["a/b"][name]}
@@ -91,7 +102,7 @@ def test_values_are_written_out_for_each_data_set(
 
 def test_every_section_is_read_by_some_stage() -> None:
     read = {section for main in MAINS.values() for section in main.READS}
-    assert read == set(SECTIONS)
+    assert read.union(*AGENTS.values()) == set(SECTIONS)
 
 
 def test_a_study_makes_no_stage_stale() -> None:
@@ -160,7 +171,8 @@ def small() -> Params:
 def done(tmp_path_factory: pytest.TempPathFactory, small: Params) -> tuple[Path, dict[str, set[str]]]:  # fmt: skip
     """Every stage's program, run once on a small cell; and the sections each of them looked at."""
     folder = tmp_path_factory.mktemp("stages")
-    seen: dict[str, set[str]] = {name: set() for name in ("download", "convert", *MAINS)}
+    names = ("download", "convert", *MAINS, *AGENTS)
+    seen: dict[str, set[str]] = {name: set() for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         work(resolve, small)
@@ -168,7 +180,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, small: Params) -> tuple[Path,
             name = main.__name__.rpartition(".")[2]
             work(main, Recording(small, seen[name]))
         for agent in AGENTS:
-            work(finetune, Recording(small, seen["finetune"]), agent=agent)
+            work(finetune, Recording(small, seen[agent]), agent=agent)
             work(evaluate, Recording(small, seen["evaluate"]), agent=agent)
     return folder, seen
 
@@ -176,6 +188,13 @@ def done(tmp_path_factory: pytest.TempPathFactory, small: Params) -> tuple[Path,
 @pytest.mark.parametrize("name", MAINS)
 def test_a_program_looks_at_just_these(name: str, done: tuple[Path, dict[str, set[str]]]) -> None:
     assert done[1][name] == set(MAINS[name].READS)
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_an_agents_training_looks_at_just_these(
+    agent: str, done: tuple[Path, dict[str, set[str]]]
+) -> None:
+    assert done[1][agent] == set(AGENTS[agent])
 
 
 @pytest.mark.parametrize("name", ["download", "convert"])
