@@ -490,7 +490,11 @@ def publish(root: Path, folder: Path, name: str) -> None:
         return
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
-    rows = json.loads((target / "summary.json").read_text())
+    found = json.loads((target / "summary.json").read_text())
+    rows = [
+        {name: round(one, 3) if isinstance(one, float) else one for name, one in row.items()}
+        for row in found
+    ]
     create_table_artifact(rows, key="report", description="Every policy of every cell")
     page = target / "index.html"
     served = os.environ.get("MODIP_REPORTS_URL")
