@@ -44,10 +44,12 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
     FlowRunFilterTags,
+    WorkerFilter,
+    WorkerFilterStatus,
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
@@ -248,9 +250,16 @@ class Fleet:
 
     def __init__(self, client: SyncPrefectClient, here: Here, cuda: bool) -> None:
         self._client, self._here = client, here
-        self._deployment = "stages/gpu" if cuda else "stages/cpu"
+        self._pool = "gpu" if cuda else "cpu"
         self._jobs: dict[UUID, Job] = {}
         self._watch, self._looked = Watch(), 0.0
+        online = WorkerFilter(status=WorkerFilterStatus(any_=[WorkerStatus.ONLINE.value]))
+        if not client.read_workers_for_work_pool(self._pool, worker_filter=online):
+            get_run_logger().warning(
+                "no worker of the pool %s is there: jobs wait for one (make serve or make worker, on a machine with a GPU "
+                "for the pool gpu)",
+                self._pool,
+            )
 
     def submit(self, job: Job, names: Sequence[str], done: set[str]) -> None:
         """Hand a job out, or find the flow run that an earlier life of this one made for it."""
@@ -261,7 +270,7 @@ class Fleet:
             known = {one: found for one, found in travel.own(here.folder).items() if one in done}
             here.exchange.write(lock, travel.text(known).encode())
         run = run_deployment(
-            self._deployment,
+            f"stages/{self._pool}",
             parameters={
                 "run": here.name,
                 "job": job.key,

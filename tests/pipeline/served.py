@@ -70,7 +70,12 @@ class Served:
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         url = f"http://127.0.0.1:{self.port}/api/{path}"
-        answer = requests.get(url, timeout=30) if body is None else requests.post(url, json=body, timeout=30)  # fmt: skip
+        end = time.monotonic() + 30
+        while True:
+            answer = requests.get(url, timeout=30) if body is None else requests.post(url, json=body, timeout=30)  # fmt: skip
+            if answer.status_code != requests.codes.unavailable or time.monotonic() > end:
+                break
+            time.sleep(0.5)  # SQLite has one writer, and on a busy machine it takes long
         assert answer.ok, answer.text
         return answer.json()
 
