@@ -483,7 +483,10 @@ def _run(
             raise
     text = progress.summary()
     workspace.commit(root, folder, name, text)
-    publish(root, folder, name)
+    try:
+        publish(root, folder, name)
+    except AWAY as error:  # everything is computed and committed: not a reason to fail
+        logger.warning("the report's artifacts are not complete, the server is away: %s", error)
     logger.info("%s; git checkout %s%s && dvc checkout", text, workspace.BRANCH, name)
     if progress.failed:
         return Failed(message=text)
@@ -604,8 +607,8 @@ def _stages(run: str, job: str, names: Sequence[str], limits: Limits) -> State[A
     identifier = UUID(str(flow_run.id))
     with Beat(lambda: _leave_job(identifier)) as beat:
         here = Here(root, folder, run, Exchange.open(root), limits, beat)
-        params, found, known = patiently(limits, lambda: _prepare(here, job, names))
         try:
+            params, found, known = patiently(limits, lambda: _prepare(here, job, names))
             with _place(here, params, beat) as place:
                 for stage in found:
                     if stage.name not in known:
@@ -613,7 +616,8 @@ def _stages(run: str, job: str, names: Sequence[str], limits: Limits) -> State[A
                         known[stage.name] = travel.own(folder)[stage.name]
                         patiently(limits, lambda: _tell(here, job, known))
         finally:
-            workspace.remove(root, folder)
+            if folder.exists():  # not where the run itself could not be had
+                workspace.remove(root, folder)
     return Completed(message=f"{len(names)} stages up to date")
 
 
