@@ -29,6 +29,11 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Seed = Annotated[int, Field(ge=0, le=2_000)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
+Compared = Annotated[
+    dict[str, Annotated[dict[str, Seeds], Field(min_length=1)]], Field(min_length=1)
+]
+"""Of each data set the agents that are compared, in the order of the tables, each with its seeds."""
 """Times 10^6 it seeds simulators."""
 
 
@@ -725,15 +730,6 @@ class Variant(Section):
     values: dict[str, Value] = Field(description="SECTION.FIELD: value", min_length=1)
 
 
-class CompareConfig(Section):
-    """The cells of one data set that are compared."""
-
-    agent: list[str] = Field(
-        description="agents and variants, in the order of the tables", min_length=1
-    )
-    seed: list[Seed] = Field(description="each agent's seeds", min_length=1)
-
-
 class Params(Section):
     """The whole of params.yaml, every data set's values checked."""
 
@@ -744,7 +740,7 @@ class Params(Section):
     cells: dict[str, Cell]
     variants: dict[str, Variant]
     tune: TuneConfig
-    compare: Annotated[dict[str, CompareConfig], Field(min_length=1)]
+    compare: Compared
 
     def cell(self, dataset: str, agent: str | None = None) -> Cell:
         """The values of one data set, as `agent` reads them where that is a variant. Raises UserError for an unknown id."""
@@ -942,12 +938,11 @@ def _check_comparison(params: Params, path: Path) -> None:
     for dataset, compared in params.compare.items():
         if dataset not in params.cells:
             raise UserError(unknown(f"{path}: compare", dataset, params.cells))
-        for where, values in compared:
-            if len(set(values)) < len(values):
+        for agent, seeds in compared.items():
+            if len(set(seeds)) < len(seeds):
                 raise UserError(
-                    f"{path}: compare.{dataset}.{where} (value {values}): one stands there twice; remove it"
+                    f"{path}: compare.{dataset}.{agent} (value {seeds}): one stands there twice; remove it"
                 )
-        for agent in compared.agent:
             params.cell(dataset, agent)
 
 

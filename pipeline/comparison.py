@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from itertools import combinations
@@ -57,18 +57,24 @@ ABLATIONS = (
 
 
 def cells(params: Params) -> list[Cell]:
-    """Each data set's agents with its seeds."""
+    """Each data set's agents with their seeds."""
     return [
         (name, agent, seed)
         for name, one in params.compare.items()
-        for agent in one.agent
-        for seed in one.seed
+        for agent, seeds in one.items()
+        for seed in seeds
     ]
 
 
 def agents_of(params: Params) -> list[str]:
     """Every agent that is compared anywhere, in order."""
-    return list(dict.fromkeys(agent for one in params.compare.values() for agent in one.agent))
+    return list(dict.fromkeys(agent for one in params.compare.values() for agent in one))
+
+
+def common(chosen: Iterable[Sequence[int]]) -> list[int]:
+    """The seeds that all have, in order."""
+    found = [set(seeds) for seeds in chosen]
+    return sorted(set.intersection(*found)) if found else []
 
 
 def is_ablation(params: Params, agent: str) -> bool:
@@ -267,7 +273,7 @@ def blocks(text: str) -> list[tuple[str, list[str]]]:
 def agent_view(params: Params, agent: str) -> dict[str, Any]:
     """An agent's page: its source, and what it reads of the parameters; of a variant what is different."""
     kind = params.base(agent)
-    datasets = [name for name, one in params.compare.items() if agent in one.agent]
+    datasets = [name for name, one in params.compare.items() if agent in one]
     changed = params.variants[agent].values if agent in params.variants else None
     flat = {
         dataset: {
@@ -323,7 +329,13 @@ def dataset_view(
 ) -> dict[str, Any]:
     """What the page says of one data set: the rivals, and MODIP's variants beside it."""
     rivals = [run for run in runs if not is_ablation(params, run.agent)]
-    family = [run for run in runs if run.agent == "modip" or is_ablation(params, run.agent)]
+    related = {
+        agent: seeds
+        for agent, seeds in params.compare[dataset].items()
+        if agent == "modip" or is_ablation(params, agent)
+    }
+    seeds = common(related.values())
+    family = [run for run in runs if run.agent in related and run.seed in seeds]
     view = report.results_view(dataset, params, rivals, colours)
     variants = report.results_view(dataset, params, family, {**colours, **_variant_colours(params)})
     measure = view["primary"]
@@ -340,10 +352,8 @@ def dataset_view(
         **view,
         "facts": json.loads(file.read_text()) if file.is_file() else None,
         "budget": budget,
-        "wanted": params.compare[dataset].seed,
-        "absent": [
-            title(params, agent) for agent in params.compare[dataset].agent if agent not in have
-        ],
+        "wanted": sorted({seed for run in rivals for seed in [run.seed]}),
+        "absent": [title(params, agent) for agent in params.compare[dataset] if agent not in have],
         "curves": _curves(dataset, rivals, usual, measure, list(AXES), plots / "rivals"),
         "legend": _legend(usual),
         "larger": [method.label for method in larger],
@@ -354,6 +364,7 @@ def dataset_view(
         ),
         "larger_legend": _legend([*beside, *larger]),
         "variants": {method.key: method for method in variants["methods"]},
+        "variant_seeds": seeds if len(related) > 1 else [],
         "variant_curves": (
             _curves(dataset, family, alone, measure, ["env_steps"], plots / "variants")
             if len(alone) > 1
@@ -427,7 +438,12 @@ def write(params: Params, place: Path) -> tuple[list[Row], list[str]]:
     found = Compared(
         {name: [row for row in equal if row["dataset"] == name] for name in datasets}, primary
     )
-    seeds = sorted(set.intersection(*(set(one.seed) for one in params.compare.values())))
+    seeds = common(
+        chosen
+        for one in params.compare.values()
+        for agent, chosen in one.items()
+        if not is_ablation(params, agent)
+    )
     scaled, methods = overall(found, seeds, colours)
     pairs = chances(found)
     html = report.page("compare_template.html.j2").render(

@@ -138,7 +138,7 @@ def small_tree(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
         small = copy.deepcopy(SMALL[name])  # `changes` may go into its nested values
         tree[name] = {"base": {**tree[name]["base"], **small}, "by_dataset": {"toy": {}}}
     tree["variants"] = {}
-    tree["compare"] = {"toy": {"agent": ["bc", "modip"], "seed": [0, 1]}}
+    tree["compare"] = {"toy": {"bc": [0, 1], "modip": [0, 1]}}
     tree["tune"] |= {
         "dataset": "toy", "env_steps": 48, "points": 2, "episodes": 4, "trials": 3,
         "shortlist": 1, "shortlist_seeds": [9], "confirm_seeds": [1, 2],

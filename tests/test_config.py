@@ -13,7 +13,6 @@ from modip import config
 from modip.config import (
     Cell,
     Choice,
-    CompareConfig,
     FloatRange,
     HyperbandConfig,
     IntRange,
@@ -60,7 +59,7 @@ TUNED = (IntRange, FloatRange, Choice, HyperbandConfig, NoPrunerConfig)  # of wh
 
 @pytest.mark.parametrize(
     "model",
-    [*models(Cell), *models(TuneConfig), *TUNED, CompareConfig],
+    [*models(Cell), *models(TuneConfig), *TUNED],
     ids=lambda model: model.__name__,
 )
 def test_every_number_is_in_the_file_and_described(model: type[BaseModel]) -> None:
@@ -211,20 +210,16 @@ TREES: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
         ["compare", "'toi'", "did you mean 'toy'"],
     ),
     "a comparison without seeds": (
-        lambda t: t["compare"]["toy"].update(seed=[]),
-        ["compare.toy.seed", "at least 1"],
+        lambda t: t["compare"]["toy"].update(bc=[]),
+        ["compare.toy.bc", "at least 1"],
     ),
     "a comparison with a seed twice": (
-        lambda t: t["compare"]["toy"].update(seed=[1, 1]),
-        ["compare.toy.seed", "[1, 1]", "twice", "remove it"],
-    ),
-    "a comparison with an agent twice": (
-        lambda t: t["compare"]["toy"].update(agent=["bc", "bc"]),
-        ["compare.toy.agent", "twice"],
+        lambda t: t["compare"]["toy"].update(bc=[1, 1]),
+        ["compare.toy.bc", "[1, 1]", "twice", "remove it"],
     ),
     "a comparison of nobody": (
-        lambda t: t["compare"]["toy"].update(agent=[]),
-        ["compare.toy.agent", "1"],
+        lambda t: t["compare"].update(toy={}),
+        ["compare.toy", "1"],
     ),
     "a comparison of nothing": (lambda t: t.update(compare={}), ["compare", "1"]),
     "no threads": (lambda t: t["runtime"].update(threads=0), ["runtime.threads", "value 0"]),

@@ -56,7 +56,7 @@ def judged(agent: str, cell: Cell) -> dict[str, str]:
 
 def check(params: Params, where: str) -> Params:
     """The same. Raises UserError for an agent that is not there and a variant that cannot be; `where` names the file."""
-    compared = {f"compare.{name}.agent": one.agent for name, one in params.compare.items()}
+    compared = {f"compare.{name}": tuple(one) for name, one in params.compare.items()}
     for field, chosen in {"agent": params.agent, **compared}.items():
         for agent in chosen:
             if agent not in names(params):

@@ -44,9 +44,7 @@ def parameters(agents: Sequence[str], seeds: dict[str, list[int]]) -> Params:
     values = {"agent": "modip", "values": {"mppi.terminal_value": "policy_action_value"}}
     tree["variants"] = {VARIANT: values}
     tree["modip"]["by_dataset"][FETCH] = {"env_steps": 10_000}  # what the synthetic runs took
-    tree["compare"] = {
-        name: {"agent": list(agents), "seed": chosen} for name, chosen in seeds.items()
-    }
+    tree["compare"] = {name: dict.fromkeys(agents, chosen) for name, chosen in seeds.items()}
     with Path("params.yaml").open("w") as file:
         YAML().dump(tree, file)
     return load(Path("params.yaml"))
@@ -452,7 +450,7 @@ class Comparison(Clone):
         self.params = small_tree({"diffusion.updates": 400})
         self.params["runtime"]["checkpoint_seconds"] = 0.1
         self.params["agent"] = ["bc"]
-        self.params["compare"] = {"toy": {"agent": ["bc", "dsrl"], "seed": [0, 1]}}
+        self.params["compare"] = {"toy": {"bc": [0, 1], "dsrl": [0, 1]}}
         self.save()
 
     def begin(self, log: Path, *options: str) -> subprocess.Popen[bytes]:
