@@ -53,6 +53,7 @@ def needed(found: Mapping[str, Stage], cells: list[report.Cell]) -> dict[str, St
 def make(home: Path, cells: list[report.Cell], jobs: int) -> Progress:
     """Bring the cells of the copy `home` up to date, `jobs` stages at once."""
     unlock.unlock(home / unlock.LOCKS)
+    unlock.mend(home / unlock.LOCK)
     progress = Progress(needed(workspace.stages(home), cells))
     total = len(progress.waiting)
     for name in travel.restore(home, list(progress.waiting), False):

@@ -45,7 +45,7 @@ def own(folder: Path) -> Entries:
 
 def text(found: Entries) -> str:
     """A dvc.lock of these, as JSON, which is YAML too."""
-    return json.dumps({"schema": "2.0", "stages": found}, indent=1)
+    return json.dumps({"schema": "2.0", "stages": found}, indent=1) + "\n"
 
 
 # Between a worktree, the cache and the remote.

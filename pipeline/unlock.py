@@ -1,7 +1,8 @@
-"""Drops the locks that a killed run left behind, so that the next one can begin at once.
+"""Drops what a killed run left behind that would stop the next one: locks, and a dvc.lock that was cut off.
 
-DVC drops those of processes that are gone. But one that was killed a moment ago, and that its parent has not waited for
-yet, it takes for alive; and a file of locks that the kill cut off it cannot read.
+DVC drops the locks of processes that are gone. But one that was killed a moment ago, and that its parent has not waited
+for yet, it takes for alive; and a file that the kill cut off while DVC wrote it, it cannot read. Without its dvc.lock it
+restores what was computed from its cache of runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 
 LOCKS = Path(".dvc/tmp/rwlock")
+LOCK = Path("dvc.lock")
 PATIENCE = 1.0
 """Seconds after which a file that cannot be read is not just being written."""
 
@@ -32,6 +34,21 @@ def unlock(locks: Path = LOCKS, patience: float = PATIENCE) -> bool:
         return False
     locks.unlink()
     return True
+
+
+def mend(lock: Path = LOCK, patience: float = PATIENCE) -> bool:
+    """True if dvc.lock was removed: it does not end as DVC ends it, and nobody is about to."""
+    if not _cut_off(lock):
+        return False
+    time.sleep(patience)
+    if not _cut_off(lock):
+        return False
+    lock.unlink()
+    return True
+
+
+def _cut_off(lock: Path) -> bool:
+    return lock.is_file() and not lock.read_bytes().endswith(b"\n")
 
 
 def _read(locks: Path) -> dict[str, Any] | None:
@@ -56,4 +73,5 @@ def _lives(pid: int) -> bool:
 
 if __name__ == "__main__":
     unlock()
+    mend()
     sys.exit(0)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.unlock import unlock
+from pipeline import travel
+from pipeline.unlock import mend, unlock
 
 
 def held(path: Path, *pids: int) -> Path:
@@ -51,3 +52,29 @@ def test_a_file_that_was_cut_off_is_dropped(text: str, tmp_path: Path) -> None:
 
 def test_without_locks_there_is_nothing_to_do(tmp_path: Path) -> None:
     assert not unlock(tmp_path / "rwlock")
+
+
+@pytest.mark.parametrize("text", ["", "schema: '2.0'\nstages:\n  a:\n    cmd: pyth"])
+def test_a_dvc_lock_that_was_cut_off_is_dropped(text: str, tmp_path: Path) -> None:
+    lock = tmp_path / "dvc.lock"
+    lock.write_text(text)
+    assert mend(lock, patience=0.0)
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("text", ["schema: '2.0'\n", "<<<<<<< HEAD\n", travel.text({"a": {}})])
+def test_any_other_dvc_lock_is_left_alone(text: str, tmp_path: Path) -> None:
+    lock = tmp_path / "dvc.lock"
+    lock.write_text(text)
+    assert not mend(lock, patience=0.0)
+    assert lock.read_text() == text
+    assert not mend(tmp_path / "none")
+
+
+def test_a_dvc_lock_that_is_being_written_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "dvc.lock"
+    lock.touch()
+    monkeypatch.setattr("time.sleep", lambda _: lock.write_text("schema: '2.0'\n"))
+    assert not mend(lock)
