@@ -379,6 +379,9 @@ class DQLConfig(Section):
     offline_updates: Annotated[int, Field(ge=0)] = Field(
         description="updates from the data set alone, before the first environment step"
     )
+    warmup_updates: Annotated[int, Field(ge=0)] = Field(
+        description="the first of them, in which the critics learn alone"
+    )
     updates: NonNegative = Field(
         description="updates of critics and policy per environment step, then"
     )
@@ -391,6 +394,14 @@ class DQLConfig(Section):
     ema_decay: Share = Field(
         description="memory of the averaged policy and of the target networks, which act"
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.warmup_updates > self.offline_updates:
+            raise ValueError(
+                f"warmup_updates {self.warmup_updates} exceeds offline_updates {self.offline_updates}: lower it"
+            )
+        return self
 
 
 class DPPOConfig(ChainPPOConfig):

@@ -81,7 +81,7 @@ SMALL: dict[str, dict[str, Any]] = {
             "ensemble": 2, "width": 16, "layers": 1, "value": "min", "candidates": 4, "keep": 4, "ascent_steps": 0,
             "ascent_size": 0.0, "temperature": 1.0,
         },
-        "sampling_steps": 2, "eta": 1.0, "backup_samples": 1, "offline_updates": 6, "updates": 0.5,
+        "sampling_steps": 2, "eta": 1.0, "backup_samples": 1, "offline_updates": 6, "warmup_updates": 2, "updates": 0.5,
         "offline_share": 0.5, "discount": 0.9, "batch_size": 16, "policy_lr": 1e-3, "critic_lr": 1e-3,
         "grad_clip": 10.0, "ema_decay": 0.9,
     },

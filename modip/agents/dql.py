@@ -17,6 +17,8 @@ This is the published algorithm: the data's action.
 
 Deviations from the authors' code, each with its reason:
 - it starts from the clone, and goes on online: the comparison is one of improvements of the same policy;
+- the critics learn alone first (`warmup_updates`). Theirs begin with the policy, which has nothing to lose then; here
+  a Q-term in units of values that still are near 0 undoes the clone within a hundred updates;
 - the clone's own network, schedule and clean-chunk prediction, sampled in `sampling_steps` (theirs trains with as
   many): the same policy for all agents. As in theirs, the predicted chunk is clipped in every step of the chain, so an
   entry that leaves [-1, 1] is brought back by the denoising loss alone;
@@ -75,7 +77,9 @@ class DQL:
         )  # fmt: skip
         critics = critics.fit_scale(self.demos, config.discount).to(device)
         self.policy_learner = self._learner(
-            resampled(policy, config.sampling_steps), config.policy_lr, total
+            resampled(policy, config.sampling_steps),
+            config.policy_lr,
+            total - config.warmup_updates,
         )
         self.critics = self._learner(critics, config.critic_lr, total)
         self.ranked = RankedPolicy.over(self.policy_learner.ema, self.critics.ema, ranking)
@@ -97,7 +101,7 @@ class DQL:
 
     @property
     def preparing(self) -> bool:
-        return self.policy_learner.grad_steps < self.config.offline_updates
+        return self.critics.grad_steps < self.config.offline_updates
 
     @property
     def final(self) -> dict[str, DiffusionPolicy]:
@@ -118,7 +122,7 @@ class DQL:
         self.updates_due += self.config.updates * step.env_steps
 
     def update(self) -> Metrics:
-        """One step of the critics and one of the policy, on the same batch."""
+        """One step of the critics and, after the warm-up, one of the policy on the same batch."""
         if self.updates_due < 1.0:
             return {}
         self.updates_due -= 1.0
@@ -129,14 +133,12 @@ class DQL:
         )
         loss, value = self._td_loss(window)
         self.critics.step(loss)
+        metrics = {"critic_loss": loss.detach(), "critic_value": value}
+        if self.critics.grad_steps <= config.warmup_updates:
+            return metrics
         denoising, term = self._policy_losses(window)
         self.policy_learner.step(denoising + config.eta * term)
-        return {
-            "critic_loss": loss.detach(),
-            "critic_value": value,
-            "policy_loss": denoising.detach(),
-            "policy_q": -term.detach(),
-        }
+        return metrics | {"policy_loss": denoising.detach(), "policy_q": -term.detach()}
 
     def _td_loss(self, window: Window) -> tuple[Tensor, Tensor]:
         """The critics' loss, and the mean of their targets."""

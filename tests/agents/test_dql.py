@@ -347,7 +347,8 @@ def test_it_prepares_without_an_environment_step() -> None:
     for done in range(9):
         assert job.preparing
         assert job.advance()
-        assert (agent.policy_learner.grad_steps, job.env_steps) == (done + 1, 0)
+        assert (agent.critics.grad_steps, job.env_steps) == (done + 1, 0)
+        assert agent.policy_learner.grad_steps == max(0, done + 1 - 2)  # warm-up
     assert not job.preparing
     assert job.advance() == {}
     assert job.env_steps == 4
@@ -378,8 +379,8 @@ def test_the_budget_is_modips(steps: int, envs: int, updates: float) -> None:
     changes = {"modip.env_steps": steps, "modip.num_envs": envs, "modip.final_env_steps": 0, "dql.updates": updates}  # fmt: skip
     agent = run(small_cell(changes))
     assert steps <= agent.env_steps < steps + 2 * envs
-    for learner in (agent.policy_learner, agent.critics):
-        assert abs(learner.grad_steps - 6 - updates * agent.env_steps) <= 1
+    for learner, offline in ((agent.policy_learner, 4), (agent.critics, 6)):
+        assert abs(learner.grad_steps - offline - updates * agent.env_steps) <= 1
 
 
 # The parameters.
@@ -390,7 +391,7 @@ KNOBS: dict[str, Any] = {
     "dql.ranking.candidates": 3, "dql.ranking.keep": 1, "dql.ranking.temperature": 0.0,
     "dql.ranking.ascent_steps": (2, {"dql.ranking.ascent_size": 0.1}),
     "dql.ranking.ascent_size": (0.2, {"dql.ranking.ascent_steps": 2}),
-    "dql.sampling_steps": 3, "dql.eta": 0.1, "dql.backup_samples": 2, "dql.offline_updates": 8, "dql.updates": 0.8,
+    "dql.sampling_steps": 3, "dql.eta": 0.1, "dql.backup_samples": 2, "dql.offline_updates": 8, "dql.warmup_updates": 5, "dql.updates": 0.8,
     "dql.offline_share": 0.25, "dql.discount": 0.8, "dql.batch_size": 8, "dql.policy_lr": 3e-4, "dql.critic_lr": 3e-4,
     "dql.grad_clip": 0.01, "dql.ema_decay": 0.5, "critics.reward_offset": -1.0, "critics.demos_end_well": True,
     "modip.env_steps": 40, "modip.num_envs": 3, "modip.episode_steps": 6,
@@ -426,7 +427,7 @@ LEARNS: dict[str, Any] = {
     "diffusion.lr": 2e-3, "diffusion.ema_decay": 0.98,
     "modip.env_steps": 800, "modip.final_env_steps": 0, "modip.num_envs": 4,
     "dql.ranking": {**RANKING, "width": 48, "layers": 2, "candidates": 16, "keep": 16},
-    "dql.sampling_steps": 3, "dql.offline_updates": 100, "dql.updates": 0.3, "dql.batch_size": 64,
+    "dql.sampling_steps": 3, "dql.offline_updates": 200, "dql.warmup_updates": 100, "dql.updates": 0.3, "dql.batch_size": 64,
     "dql.policy_lr": 1e-3, "dql.critic_lr": 3e-3, "dql.ema_decay": 0.98,
 }  # fmt: skip
 
