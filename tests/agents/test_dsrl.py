@@ -215,7 +215,7 @@ def test_every_chunk_is_remembered_with_the_noise_it_began_with(variant: str) ->
 
 
 def test_at_first_it_acts_by_the_policys_own_noise_and_learns_nothing() -> None:
-    cell = small_cell({"dsrl.initial_share": 0.5, "dsrl.actor": {"width": 16, "layers": 1, "bound": 0.7}})  # fmt: skip
+    cell = small_cell({"dsrl.updates": 1.0, "dsrl.initial_share": 0.5, "dsrl.actor": {"width": 16, "layers": 1, "bound": 0.7}})  # fmt: skip
     job: Any = dsrl_job(cell)
     agent = job.agent
     start = snapshot(agent.actor.state_dict())
@@ -235,7 +235,7 @@ def test_at_first_it_acts_by_the_policys_own_noise_and_learns_nothing() -> None:
 
 KNOBS: dict[str, Any] = {
     "dsrl.actor": {"width": 16, "layers": 1, "bound": 1.0}, "dsrl.ensemble": 3, "dsrl.width": 8, "dsrl.layers": 2,
-    "dsrl.initial_share": 0.4, "dsrl.updates": 0.5, "dsrl.distillations": 1, "dsrl.offline_share": 0.0,
+    "dsrl.initial_share": 0.4, "dsrl.updates": 1.0, "dsrl.distillations": 1, "dsrl.offline_share": 0.0,
     "dsrl.discount": 0.8, "dsrl.target_entropy": -8.0, "dsrl.initial_temperature": 1.0, "dsrl.batch_size": 8,
     "dsrl.lr": 3e-4, "dsrl.grad_clip": 0.01, "dsrl.ema_decay": 0.5, "critics.reward_offset": -1.0,
     "critics.demos_end_well": True, "modip.env_steps": 40, "modip.num_envs": 3, "modip.episode_steps": 6,

@@ -401,7 +401,7 @@ def test_a_warm_start_is_the_last_plan_one_step_on_until_the_episode_ends() -> N
 def test_random_actions_first_online_alone_and_offline_updates_with_demonstrations_alone(
     form: str,
 ) -> None:
-    job: Any = tdmpc2_job(small_cell({**FORMS[form], "tdmpc2.updates": 0.5}))
+    job: Any = tdmpc2_job(small_cell(FORMS[form]))
     agent = job.agent
     start = snapshot(agent.model.state_dict())
     if form == "demonstrations":
@@ -452,7 +452,7 @@ KNOBS: dict[str, Any] = {
     "tdmpc2.data": "online",
     "tdmpc2.latent": {"latent_dim": 8, "encoder_width": 16, "width": 16, "ensemble": 3, "bins": 11},
     "tdmpc2.search.horizon": 2,
-    "tdmpc2.offline_updates": 9, "tdmpc2.offline_share": 0.0, "tdmpc2.updates": 0.5, "tdmpc2.discount": 0.5,
+    "tdmpc2.offline_updates": 9, "tdmpc2.offline_share": 0.0, "tdmpc2.updates": 1.0, "tdmpc2.discount": 0.5,
     "tdmpc2.rho": 0.9, "tdmpc2.consistency_coef": 1.0, "tdmpc2.reward_coef": 2.0, "tdmpc2.value_coef": 2.0,
     "tdmpc2.end_coef": 0.1, "tdmpc2.entropy_coef": 1.0, "tdmpc2.bc_coef": 2.0, "tdmpc2.batch_size": 8,
     "tdmpc2.lr": 3e-4, "tdmpc2.encoder_rate": 1.0, "tdmpc2.grad_clip": 0.01, "tdmpc2.ema_decay": 0.1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -26,7 +27,7 @@ from pipeline import compare, comparison, copied, report, slots
 from pipeline.comparison import ABLATIONS, OURS, Compared, blocks, chances, normalised
 from pipeline.report import Row, label
 from pipeline.workspace import Stage, StageError
-from tests.helpers import ROOT, small_tree
+from tests.helpers import project_tree, small_tree
 from tests.pipeline.test_end_to_end import Clone, _left_behind
 from tests.pipeline.test_report import FETCH, HOPPER, Page, write, write_facts, write_run
 
@@ -40,7 +41,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parameters(agents: Sequence[str], seeds: dict[str, list[int]]) -> Params:
-    tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
+    tree = copy.deepcopy(project_tree())
     values = {"agent": "modip", "values": {"mppi.terminal_value": "policy_action_value"}}
     tree["variants"] = {VARIANT: values}
     tree["modip"]["by_dataset"][FETCH] = {"env_steps": 10_000}  # what the synthetic runs took

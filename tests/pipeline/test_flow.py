@@ -15,7 +15,7 @@ from modip.agents import AGENTS
 from pipeline.flow import Progress
 from pipeline.form import Cell, Limits, Matrix
 from pipeline.workspace import Job, Stage
-from tests.helpers import ROOT, small_tree
+from tests.helpers import ROOT, project_tree, small_tree
 from tests.pipeline.served import Served
 
 # The form and the bookkeeping: no server.
@@ -24,7 +24,7 @@ from tests.pipeline.served import Served
 def test_the_form_offers_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     schema = Matrix.model_json_schema()["properties"]
-    tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
+    tree = project_tree()
     assert schema["dataset"]["items"]["enum"] == list(tree["data"])
     assert schema["agent"]["items"]["enum"] == [*AGENTS, *tree["variants"]]
     for name in ("dataset", "agent", "seed"):

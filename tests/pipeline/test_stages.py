@@ -35,7 +35,7 @@ from pipeline import (
     training,
     tune,
 )
-from tests.helpers import ROOT, small_tree
+from tests.helpers import ROOT, project_tree, small_tree
 
 STAGES: dict[str, dict[str, Any]] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]  # fmt: skip
 MAINS: dict[str, ModuleType] = {
@@ -152,7 +152,7 @@ def test_a_study_makes_no_stage_stale() -> None:
 
 
 def test_the_parameters_are_complete() -> None:
-    tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
+    tree = project_tree()
     assert set(tree) == {*MATRIX, "runtime", "data", *SECTIONS, "variants", "tune", "compare"}
     listed = {"data.${item.dataset}", *SECTIONS, "variants"}
     assert set(STAGES["resolve"]["params"]) == listed
