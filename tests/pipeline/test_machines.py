@@ -14,9 +14,9 @@ import psutil
 import pytest
 import requests
 
+from pipeline import serve
 from tests.helpers import small_tree
 from tests.pipeline.served import Machine, Served, alive_in, s3_remote
-from tests.pipeline.test_end_to_end import TRAINED
 from tests.s3 import S3
 
 LIMITS = {
@@ -35,7 +35,7 @@ def _until(condition: Callable[[], Any], seconds: float) -> Any:
 @pytest.fixture
 def machines(tmp_path: Path, s3: S3) -> Iterator[tuple[Served, Machine]]:
     """Each takes one job at a time."""
-    params = small_tree({**TRAINED, "modip.env_steps": 1600, "modip.final_env_steps": 80})
+    params = small_tree({"modip.env_steps": 1600, "modip.final_env_steps": 80})
     params["runtime"]["checkpoint_seconds"] = 0.1
     remote = s3_remote(s3)
     served = Served(tmp_path / "a", params, "--cpu-slots", "1", env=s3.env, remote=remote)
@@ -54,7 +54,7 @@ def test_a_matrix_outlives_a_machine_the_server_and_the_remote(
     machines: tuple[Served, Machine], s3: S3
 ) -> None:
     served, other = machines
-    matrix = {"dataset": ["toy"], "agent": ["bc", "modip"], "seed": [0, 1]}
+    matrix = {"dataset": ["toy"], "agent": ["bc", "modip"], "seed": [0]}
     run = served.submit("benchmark/cpu", matrix=matrix, limits=LIMITS)
 
     def begun() -> bool:
@@ -76,13 +76,14 @@ def test_a_matrix_outlives_a_machine_the_server_and_the_remote(
     s3.stop()
     time.sleep(8)
     s3.start()
-    other.start()
+    _until(lambda: serve.answers(f"http://127.0.0.1:{served.port}/api"), 60)
+    other.start()  # without a server it would end at once
     run = served.wait(run)
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     # Nothing is computed twice but the interrupted stage, and that goes on from its checkpoint.
     said = served.said(run)
     ran = Counter(re.findall(r"Running stage '([^']+)'", said))
-    assert len(ran) == 3 + 2 * 2 + 4 * 2 + 1
+    assert len(ran) == 3 + 2 + 2 * 2 + 1
     assert sum(times > 1 for times in ran.values()) <= 1, ran
     assert re.search(r"goes on from the state that|resumed at", said)
     jobs = served.jobs(run)

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
-from ruamel.yaml import YAML
 
-from modip.config import Params, load
+from modip.config import Params, build
 from modip.errors import UserError
 from pipeline import report, stage
 from pipeline.report import duration, number, print_table
+from tests.helpers import project_tree
 
-PARAMS = Path(__file__).parents[2] / "params.yaml"
 FETCH, HOPPER = "fetch-pick-and-place", "hopper-surrogate-medium"
 ENVS = {FETCH: "FetchPickAndPlace-v4", HOPPER: "Hopper-v5"}
 VERSIONS = {
@@ -44,11 +43,8 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def parameters(
     datasets: list[str], seeds: list[int], agents: tuple[str, ...] = ("bc", "modip")
 ) -> Params:
-    tree = YAML(typ="safe", pure=True).load(PARAMS.read_text())
-    tree |= {"dataset": datasets, "agent": list(agents), "seed": seeds}
-    with Path("params.yaml").open("w") as file:
-        YAML().dump(tree, file)
-    return load(Path("params.yaml"))
+    tree = project_tree() | {"dataset": datasets, "agent": list(agents), "seed": seeds}
+    return build(tree, Path("params.yaml"))
 
 
 def write(path: Path, content: Any) -> None:
