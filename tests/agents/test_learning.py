@@ -20,7 +20,7 @@ from tests.helpers import CPU, demonstrations, generator, new_parts, small_cell
 
 pytestmark = pytest.mark.learn
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 MARGIN = 0.5  # of a return of 12 for BC and 13.7 at best
 LEARNS = {
     "diffusion.width": 48, "diffusion.blocks": 2, "diffusion.updates": 400, "diffusion.batch_size": 64,
@@ -110,10 +110,10 @@ def test_the_policy_and_the_planner_become_better_than_cloning() -> None:
 def test_from_rewards_that_say_nothing_there_is_nothing_to_gain() -> None:
     """Else the gain above would come from elsewhere: from the evaluation, or from more updates."""
     cell = small_cell(LEARNS)
-    for seed in SEEDS[:2]:
-        demos = demonstrations(cell, 40)
-        shuffled = torch.randperm(len(demos.table), generator=generator(seed))
-        demos.table[:, -2] = demos.table[shuffled, -2]
-        found = run(cell, demos, Noisy(toy.ENV_ID, cell.modip.num_envs), seed)
-        assert found.dp < found.bc + MARGIN, found
-        assert found.planner < found.bc + MARGIN, found
+    seed = SEEDS[0]
+    demos = demonstrations(cell, 40)
+    shuffled = torch.randperm(len(demos.table), generator=generator(seed))
+    demos.table[:, -2] = demos.table[shuffled, -2]
+    found = run(cell, demos, Noisy(toy.ENV_ID, cell.modip.num_envs), seed)
+    assert found.dp < found.bc + MARGIN, found
+    assert found.planner < found.bc + MARGIN, found

@@ -550,12 +550,12 @@ def test_the_clone_is_not_used() -> None:
 LEARNS: dict[str, Any] = {
     "diffusion.width": 48, "diffusion.blocks": 2, "diffusion.updates": 400, "diffusion.batch_size": 64,
     "diffusion.lr": 2e-3, "diffusion.ema_decay": 0.98,
-    "modip.env_steps": 800, "modip.final_env_steps": 0, "modip.num_envs": 4,
+    "modip.env_steps": 600, "modip.final_env_steps": 0, "modip.num_envs": 4,
     "tdmpc2.latent": {"latent_dim": 32, "encoder_width": 48, "width": 48, "ensemble": 3, "bins": 51},
-    "tdmpc2.search.prior_samples": 8, "tdmpc2.search.samples": 40, "tdmpc2.search.iterations": 2,
+    "tdmpc2.search.horizon": 2, "tdmpc2.search.prior_samples": 8, "tdmpc2.search.samples": 40, "tdmpc2.search.iterations": 2,
     "tdmpc2.search.elites": 8, "tdmpc2.search.temperature": 0.5,
-    "tdmpc2.offline_updates": 600, "tdmpc2.offline_share": 0.5, "tdmpc2.updates": 2.0, "tdmpc2.discount": 0.9,
-    "tdmpc2.batch_size": 64, "tdmpc2.lr": 2e-3, "tdmpc2.ema_decay": 0.95, "tdmpc2.seed_steps": 200, "tdmpc2.bc_coef": 1.0,
+    "tdmpc2.offline_updates": 500, "tdmpc2.offline_share": 0.5, "tdmpc2.updates": 1.5, "tdmpc2.discount": 0.9,
+    "tdmpc2.batch_size": 64, "tdmpc2.lr": 3e-3, "tdmpc2.ema_decay": 0.95, "tdmpc2.seed_steps": 200, "tdmpc2.bc_coef": 2.0,
 }  # fmt: skip
 
 

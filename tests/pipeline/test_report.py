@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
+from ruamel.yaml import YAML
 
 from modip.config import Params, build
 from modip.errors import UserError
@@ -511,7 +512,11 @@ def test_show_prints_the_stored_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     params, _ = full([0, 1])
+    tree = project_tree() | {"dataset": [FETCH, HOPPER], "agent": ["bc", "modip"], "seed": [0, 1]}
+    YAML().dump(tree, Path("params.yaml"))
     arguments = report.parser()
+    # Its handler would outlive the test, and write to a stream that is closed then.
+    monkeypatch.setattr(stage, "_log_to_terminal", lambda: None)
     monkeypatch.setattr(sys, "argv", ["report"])
     monkeypatch.setenv("COLUMNS", "80")
     assert stage.run(arguments, report.body) == 0
