@@ -352,7 +352,7 @@ def dataset_view(
         **view,
         "facts": json.loads(file.read_text()) if file.is_file() else None,
         "budget": budget,
-        "wanted": sorted({seed for run in rivals for seed in [run.seed]}),
+        "wanted": sorted(set().union(*params.compare[dataset].values())),
         "absent": [title(params, agent) for agent in params.compare[dataset] if agent not in have],
         "curves": _curves(dataset, rivals, usual, measure, list(AXES), plots / "rivals"),
         "legend": _legend(usual),
