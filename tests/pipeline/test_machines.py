@@ -17,6 +17,7 @@ import requests
 from pipeline import serve
 from tests.helpers import small_tree
 from tests.pipeline.served import Machine, Served, alive_in, s3_remote
+from tests.pipeline.test_end_to_end import TRAINED
 from tests.s3 import S3
 
 LIMITS = {
@@ -35,7 +36,7 @@ def _until(condition: Callable[[], Any], seconds: float) -> Any:
 @pytest.fixture
 def machines(tmp_path: Path, s3: S3) -> Iterator[tuple[Served, Machine]]:
     """Each takes one job at a time."""
-    params = small_tree({"modip.env_steps": 1600, "modip.final_env_steps": 80})
+    params = small_tree({**TRAINED, "modip.env_steps": 1600, "modip.final_env_steps": 80})
     params["runtime"]["checkpoint_seconds"] = 0.1
     remote = s3_remote(s3)
     served = Served(tmp_path / "a", params, "--cpu-slots", "1", env=s3.env, remote=remote)
@@ -54,7 +55,7 @@ def test_a_matrix_outlives_a_machine_the_server_and_the_remote(
     machines: tuple[Served, Machine], s3: S3
 ) -> None:
     served, other = machines
-    matrix = {"dataset": ["toy"], "agent": ["bc", "modip"], "seed": [0]}
+    matrix = {"dataset": ["toy"], "agent": ["bc", "modip"], "seed": [0, 1]}
     run = served.submit("benchmark/cpu", matrix=matrix, limits=LIMITS)
 
     def begun() -> bool:
@@ -62,7 +63,7 @@ def test_a_matrix_outlives_a_machine_the_server_and_the_remote(
         now = served.ask(f"flow_runs/{run['id']}")
         assert now["state_type"] not in ("COMPLETED", "FAILED"), now["state"]["message"]
         states = other.folder / "scratch/prefect/states"
-        there = [*states.glob("modip-*/state"), *states.glob("control-*/state")]
+        there = [*states.glob("modip-*/state"), *states.glob("bc-*/state")]
         return bool(there) and any("/states/" in name for name in _objects(s3))
 
     _until(begun, 240)
@@ -83,7 +84,7 @@ def test_a_matrix_outlives_a_machine_the_server_and_the_remote(
     # Nothing is computed twice but the interrupted stage, and that goes on from its checkpoint.
     said = served.said(run)
     ran = Counter(re.findall(r"Running stage '([^']+)'", said))
-    assert len(ran) == 3 + 2 + 2 * 2 + 1
+    assert len(ran) == 3 + 2 * 2 + 4 * 2 + 1
     assert sum(times > 1 for times in ran.values()) <= 1, ran
     assert re.search(r"goes on from the state that|resumed at", said)
     jobs = served.jobs(run)
