@@ -125,6 +125,10 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+BRIEF = {"modip.env_steps": 30}
+"""Half of the small cell's steps, which are enough to see whether a value acts."""
+
+
 @functools.cache
 def project_tree() -> dict[str, Any]:
     """The project's own params.yaml, to be copied before it is changed: reading it takes a tenth of a second."""

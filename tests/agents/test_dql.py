@@ -21,6 +21,7 @@ from modip.ranking import RankedPolicy
 from modip.types import ChunkStep, Window
 from tests.agents.test_learning import MARGIN, Noisy, mean_return
 from tests.helpers import (
+    BRIEF,
     SMALL,
     SPEC,
     cloned,
@@ -400,7 +401,7 @@ KNOBS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def plain() -> Tensor:
-    return chunks(run(small_cell()))
+    return chunks(run(small_cell(BRIEF)))
 
 
 def chunks(agent: DQL) -> Tensor:
@@ -410,7 +411,7 @@ def chunks(agent: DQL) -> Tensor:
 @pytest.mark.parametrize("knob", KNOBS)
 def test_every_knob_acts(knob: str, plain: Tensor) -> None:
     value, others = KNOBS[knob] if isinstance(KNOBS[knob], tuple) else (KNOBS[knob], {})
-    assert not torch.equal(chunks(run(small_cell({knob: value, **others}))), plain)
+    assert not torch.equal(chunks(run(small_cell({**BRIEF, knob: value, **others}))), plain)
 
 
 def test_every_knob_is_here() -> None:

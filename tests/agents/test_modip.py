@@ -478,7 +478,7 @@ PRIMARY: dict[str, Any] = {
 BASE = {
     "modip.explore_std": 0.05, "modip.model_lr": 5e-4, "modip.critic_lr": 5e-4, "modip.policy_lr": 5e-4,
     "modip.offline_share": 0.5, "modip.demo_share": {"start": 0.5, "end": 0.0}, "modip.imagined_share": 0.3,
-    "modip.imagined_states": 6, "modip.fresh_steps": 48, "modip.keep": 1.0,
+    "modip.imagined_states": 6, "modip.fresh_steps": 24, "modip.keep": 1.0, "modip.env_steps": 44,
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from modip.errors import UserError
 from modip.types import ChunkStep
 from tests.agents.test_learning import MARGIN, Noisy, mean_return
 from tests.helpers import (
+    BRIEF,
     cloned,
     differences,
     generator,
@@ -426,7 +427,10 @@ KNOBS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Tensor]:
-    return {variant: chunks(run(small_cell(changes))) for variant, changes in VARIANTS.items()}
+    return {
+        variant: chunks(run(small_cell({**BRIEF, **changes})))
+        for variant, changes in VARIANTS.items()
+    }
 
 
 def chunks(agent: PARL) -> Tensor:
@@ -435,11 +439,13 @@ def chunks(agent: PARL) -> Tensor:
 
 @pytest.mark.parametrize("knob", KNOBS)
 def test_every_knob_acts(knob: str, plain: dict[str, Tensor]) -> None:
-    assert not torch.equal(chunks(run(small_cell({knob: KNOBS[knob]}))), plain["calql"])
+    assert not torch.equal(chunks(run(small_cell({**BRIEF, knob: KNOBS[knob]}))), plain["calql"])
 
 
 def test_the_expectile_acts_where_there_is_a_value(plain: dict[str, Tensor]) -> None:
-    assert not torch.equal(chunks(run(small_cell({**IQL, "parl.expectile": 0.95}))), plain["iql"])
+    assert not torch.equal(
+        chunks(run(small_cell({**BRIEF, **IQL, "parl.expectile": 0.95}))), plain["iql"]
+    )
     assert not torch.equal(plain["iql"], plain["calql"])
 
 

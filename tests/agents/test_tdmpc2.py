@@ -27,6 +27,7 @@ from modip.nets import two_hot, two_hot_value
 from modip.types import ChunkStep, Window
 from tests.agents.test_learning import MARGIN, Noisy, mean_return
 from tests.helpers import (
+    BRIEF,
     SPEC,
     demonstrations,
     differences,
@@ -472,12 +473,12 @@ def actions(agent: TDMPC2) -> Tensor:
 @pytest.fixture(scope="module")
 def plain() -> Tensor:
     torch.manual_seed(0)
-    return actions(run(small_cell()))
+    return actions(run(small_cell(BRIEF)))
 
 
 @pytest.mark.parametrize("knob", [*KNOBS, *(f"tdmpc2.search.{name}" for name in SEARCH)])
 def test_every_knob_acts(knob: str, plain: Tensor) -> None:
-    changes = {knob: KNOBS.get(knob, SEARCH.get(knob.rpartition(".")[2]))}
+    changes = {**BRIEF, knob: KNOBS.get(knob, SEARCH.get(knob.rpartition(".")[2]))}
     assert not torch.equal(actions(run(small_cell(changes))), plain)
 
 

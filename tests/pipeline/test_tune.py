@@ -185,7 +185,7 @@ def test_a_study_tries_prunes_and_skips_what_does_not_fit(home: Path, tmp_path: 
 
 def rivals_params(**changes: Any) -> Params:
     tree = small_tree()
-    tree["runtime"]["checkpoint_seconds"] = 1e-9
+    tree["runtime"]["checkpoint_seconds"] = 0.02
     tree["tune"] |= {
         "agent": "dsrl",
         "parameters": {
