@@ -63,7 +63,9 @@ def make(home: Path, cells: list[report.Cell], jobs: int) -> Progress:
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while running or progress.ready():
-                for one in progress.ready()[: jobs - len(running)]:
+                # Judging first: an interrupted comparison has a row for every cell that it trained.
+                ready = sorted(progress.ready(), key=lambda one: one.kind != "evaluate")
+                for one in ready[: jobs - len(running)]:
                     log.info("%s begins", one.name)
                     progress.start(one.name)
                     running[pool.submit(_run, one, home)] = one.name

@@ -415,6 +415,19 @@ def test_stages_run_side_by_side_and_a_failed_one_takes_only_what_needs_it(
     assert most == 2
 
 
+def test_what_is_trained_is_judged_before_more_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape: dict[str, set[str]] = {f"finetune@t-a-{seed}": set() for seed in (0, 1)}
+    shape |= {f"evaluate@t-a-{seed}": {f"finetune@t-a-{seed}"} for seed in (0, 1)}
+    order: list[str] = []
+    monkeypatch.setattr(compare.workspace, "stages", lambda home: graph(shape))
+    monkeypatch.setattr(compare.travel, "restore", lambda *_: [])
+    monkeypatch.setattr(compare.workspace, "repro", lambda one, *_: order.append(one.name))
+    compare.make(tmp_path, [("t", "a", 0), ("t", "a", 1)], 1)
+    assert order == ["finetune@t-a-0", "evaluate@t-a-0", "finetune@t-a-1", "evaluate@t-a-1"]
+
+
 @pytest.mark.e2e
 def test_the_copy_follows_the_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clone = Clone(tmp_path / "clone")
