@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler
 
 from modip import agents
-from modip.config import load, unknown
+from modip.config import Params, load, unknown
 from pipeline.workspace import PARAMS
 
 
@@ -30,12 +32,19 @@ class OneOf:
         return {**handler(core), "enum": list(self.known())}
 
 
-def _datasets() -> Sequence[str]:
-    return tuple(load(PARAMS).data)
+def _params() -> Params:
+    """params.yaml as it stands, read anew only where it has changed: the forms ask for it twenty times."""
+    status = PARAMS.stat() if PARAMS.exists() else None
+    return _read(Path.cwd(), status and (status.st_ino, status.st_mtime_ns, status.st_size))
 
 
-DATASET = OneOf("data set", _datasets)
-AGENT = OneOf("agent", lambda: agents.names(load(PARAMS)))
+@lru_cache(maxsize=1)
+def _read(_folder: Path, _version: tuple[int, int, int] | None) -> Params:
+    return load(PARAMS)
+
+
+DATASET = OneOf("data set", lambda: tuple(_params().data))
+AGENT = OneOf("agent", lambda: agents.names(_params()))
 Dataset = Annotated[str, AfterValidator(DATASET.check), DATASET]
 Agent = Annotated[str, AfterValidator(AGENT.check), AGENT]
 Seed = Annotated[int, Field(ge=0, le=2_000)]
@@ -53,11 +62,11 @@ class Form(BaseModel):
 
 
 def _all(name: str) -> Callable[[], Any]:
-    return lambda: list(getattr(load(PARAMS), name))
+    return lambda: list(getattr(_params(), name))
 
 
 def _first(name: str) -> Callable[[], Any]:
-    return lambda: getattr(load(PARAMS), name)[0]
+    return lambda: getattr(_params(), name)[0]
 
 
 def _show(default: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import logging
 import sys
@@ -56,18 +57,21 @@ def imported(start: Path) -> list[Path]:
     found, todo = set(), [start]
     while todo:
         file = todo.pop()
-        if file in found or str(file) in LEFT_OUT:
-            continue
-        found.add(file)
-        for node in ast.walk(ast.parse((SOURCES / file).read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            else:
-                continue
-            todo += [path for name in names for path in _files(name)]
+        if file not in found and str(file) not in LEFT_OUT:
+            found.add(file)
+            todo += _imports(file)
     return sorted(found)
+
+
+@functools.cache  # of all agents' files, most are shared
+def _imports(file: Path) -> list[Path]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse((SOURCES / file).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return [path for name in names for path in _files(name)]
 
 
 def _files(name: str) -> list[Path]:

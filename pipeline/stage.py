@@ -84,7 +84,7 @@ def run(
     _log_to_terminal()
     try:
         params = agents.check(load(args.params), str(args.params))
-        if "dataset" in args:
+        if "seed" in args:
             use(params.cell(args.dataset).runtime)
         body(args, params)
     except UserError as error:
@@ -97,7 +97,7 @@ def run(
 
 
 def use(runtime: RuntimeConfig) -> None:
-    """Threads of torch. Imported here: a program that only prints must not wait for it."""
+    """Threads of torch. Imported here: a program that computes nothing must not wait for it."""
     import torch
 
     torch.set_num_threads(runtime.threads)

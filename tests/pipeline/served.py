@@ -90,7 +90,7 @@ class Served:
         end = time.monotonic() + seconds
         while run["state_type"] not in ("COMPLETED", "FAILED", "CANCELLED"):
             assert time.monotonic() < end, self.log.read_text()[-5000:]
-            time.sleep(0.3)
+            time.sleep(1.0)  # each question costs the server more than it seems
             with contextlib.suppress(requests.RequestException, AssertionError):
                 run = self.ask(f"flow_runs/{run['id']}")
         return run

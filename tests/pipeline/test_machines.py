@@ -29,7 +29,7 @@ def _until(condition: Callable[[], Any], seconds: float) -> Any:
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
+        time.sleep(0.5)
     return found
 
 
