@@ -84,8 +84,10 @@ def run(
     _log_to_terminal()
     try:
         params = agents.check(load(args.params), str(args.params))
-        if "seed" in args:
-            use(params.cell(args.dataset).runtime)
+        if "dataset" in args:
+            cell = params.cell(args.dataset)
+            if "seed" in args:
+                use(cell.runtime)
         body(args, params)
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
