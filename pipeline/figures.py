@@ -130,9 +130,8 @@ def learning(
         for curve in curves:
             _draw(axes, curve)
         axes.set_xlim(left=0.0)
-        axes.xaxis.set_major_locator(
-            MaxNLocator(5)
-        )  # more would run into each other from 10,000 on
+        # More numbers would run into each other from 10,000 on.
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter("{x:,g}")
         if unit_interval:
             axes.set_ylim(-0.02, 1.02)
