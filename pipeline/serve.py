@@ -93,7 +93,7 @@ class Child:
     command: Sequence[str]
     asks: bool
     process: subprocess.Popen[bytes]
-    first: float = field(default_factory=time.monotonic)
+    first: float
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=DEATHS))
     due: float | None = None
 
@@ -107,7 +107,7 @@ class Processes:
 
     def start(self, name: str, *command: str, asks: bool = True) -> subprocess.Popen[bytes]:
         """A program of this interpreter, kept running from now on."""
-        one = Child(name, command, asks, self._popen(command))
+        one = Child(name, command, asks, self._popen(command), time.monotonic())
         self._children.append(one)
         return one.process
 

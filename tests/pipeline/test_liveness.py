@@ -145,6 +145,9 @@ def test_who_dies_is_started_again_and_given_up(monkeypatch: pytest.MonkeyPatch)
     typo.process.wait()
     with pytest.raises(UserError, match="typo ended with status 1 as soon as it was started"):
         running._died(typo)
+    clock.now += serve.EARLY_SECONDS
+    running._died(typo)
+    assert typo.due == clock.now + 2
 
 
 # The real thing, with a flow that sleeps.
