@@ -120,7 +120,7 @@ class Fit:
         self.learner = learner
         self.env_steps = 0
         self.grad_steps = 0
-        self.preparing = False
+        self.offline_left = 0
 
     def advance(self) -> Metrics | None:
         """One update's metrics; None at the end."""
@@ -175,9 +175,9 @@ class Interaction:
         self.next_seed += len(rows)
 
     @property
-    def preparing(self) -> bool:
-        """True while the agent learns what it does before its first environment step."""
-        return self.agent.preparing
+    def offline_left(self) -> int:
+        """Updates that the agent has yet to learn offline, before its first environment step."""
+        return self.agent.offline_left
 
     def advance(self) -> Metrics | None:
         """One update, or one chunk in every environment: the update's metrics, {} after a chunk, None at the end."""

@@ -110,8 +110,8 @@ class Agent(Learns, Protocol):
     """What the loops know of an algorithm."""
 
     @property
-    def preparing(self) -> bool:
-        """True while it learns offline, before its first environment step."""
+    def offline_left(self) -> int:
+        """Updates it has yet to learn offline, before its first environment step."""
         ...
 
     def act(self, obs: Tensor, generator: torch.Generator, *, explore: bool) -> Tensor:

@@ -128,7 +128,7 @@ class Bar:
 
     def __init__(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self._first = self._done = done
+        self._first = self.done = done
         self._start = self._said = time.monotonic()
         self._note = ""
         self._rich: Progress | None = None
@@ -146,7 +146,7 @@ class Bar:
 
     def advance(self, count: int, note: str = "") -> None:
         """`count` more are done; `note` (a loss, a success rate) stays until the next one."""
-        self._done += count
+        self.done += count
         self._note = note or self._note
         if self._rich is not None:
             self._rich.update(self._task, advance=count, note=self._note)
@@ -156,17 +156,17 @@ class Bar:
     def pace(self) -> str:
         """Rate and time left."""
         seconds = time.monotonic() - self._start
-        rate = (self._done - self._first) / max(seconds, 1e-9)
-        if rate == 0 or self.total is None or self._done >= self.total:
+        rate = (self.done - self._first) / max(seconds, 1e-9)
+        if rate == 0 or self.total is None or self.done >= self.total:
             return f"{rate:.3g} {self.unit}/s"
-        left = timedelta(seconds=round((self.total - self._done) / rate))
+        left = timedelta(seconds=round((self.total - self.done) / rate))
         return f"{rate:.3g} {self.unit}/s, {left} left"
 
     def _say(self) -> None:
         self._said = time.monotonic()
         note = f", {self._note}" if self._note else ""
         total = "?" if self.total is None else self.total
-        log.info("%s %d/%s %s, %s%s", self.title, self._done, total, self.unit, self.pace(), note)
+        log.info("%s %d/%s %s, %s%s", self.title, self.done, total, self.unit, self.pace(), note)
 
     def __enter__(self) -> Self:
         if self._rich is not None:

@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,9 @@ def run(
 ) -> Run:
     """Advance `job` to its end, saving its state every `runtime.checkpoint_seconds`.
 
-    `done` counts progress in `unit`s up to `total`. Whenever `at` (by default `job.env_steps`) passes one of `points`
-    (ascending), and what an agent prepares before its first step is done, `at_point` gives rows for the curve. Raises
-    DivergedError when the training diverges.
+    `done` counts progress in `unit`s up to `total`; an agent's offline updates before its first step have a bar of their
+    own. Whenever `at` (by default `job.env_steps`) passes one of `points` (ascending), those updates done, `at_point` gives
+    rows for the curve. Raises DivergedError when the training diverges.
     """
     points = points or []
     reached = at or (lambda: job.env_steps)
@@ -160,16 +161,27 @@ def run(
         Tracker(
             folder / "curve.jsonl", folder.name, rows, task.cell.model_dump(mode="json")
         ) as tracker,
-        stage.Bar(title, total, unit, done=done()) as bar,
+        ExitStack() as bars,
     ):
-        shown, saved, began = done(), time.monotonic(), time.monotonic()
+        saved = began = time.monotonic()
+
+        def new_bar() -> stage.Bar:
+            bars.close()
+            if job.offline_left:
+                made, goal = job.grad_steps, job.grad_steps + job.offline_left
+                bar = stage.Bar(f"{task.agent}: offline", goal, "updates", done=made)
+            else:
+                bar = stage.Bar(title, total, unit, done=done())
+            return bars.enter_context(bar)
+
+        bar, offline = new_bar(), job.offline_left > 0
 
         def head() -> dict[str, Any]:
             spent = seconds + time.monotonic() - began
             return {"env_steps": job.env_steps, "grad_steps": job.grad_steps, "seconds": spent}
 
         while True:
-            if passed < len(points) and reached() >= points[passed] and not job.preparing:
+            if passed < len(points) and reached() >= points[passed] and not job.offline_left:
                 seconds += time.monotonic() - began
                 assert at_point is not None
                 try:
@@ -196,9 +208,11 @@ def run(
                     if not math.isfinite(value):
                         raise _diverged(title, job, f"{name} is {value}")
                 tracker.log({"kind": "train", **head(), **losses})
-            if done() > shown:
-                bar.advance(done() - shown)
-                shown = done()
+            now = job.grad_steps if offline else done()
+            if now > bar.done:
+                bar.advance(now - bar.done)
+            if offline and not job.offline_left:
+                bar, offline = new_bar(), False
             if time.monotonic() - saved > task.cell.runtime.checkpoint_seconds:
                 meta = {"passed": passed, "rows": tracker.rows, "logged": logged}
                 meta = {**meta, "seconds": head()["seconds"], "update_seconds": updating}

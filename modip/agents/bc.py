@@ -37,7 +37,7 @@ class BC:
         )
         self.generator = torch.Generator(demos.table.device).manual_seed(seed)
 
-    preparing = False
+    offline_left = 0
 
     def policy(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         policy = self.learner.ema

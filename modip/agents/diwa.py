@@ -60,7 +60,7 @@ class DiWA:
         first = torch.cat([demos.end.new_zeros(1), demos.end.unique()[:-1]])
         self.starts = seen[first] if self.config.starts == "first" else seen
 
-    preparing = False
+    offline_left = 0
 
     @property
     def final(self) -> dict[str, DiffusionPolicy]:

@@ -59,9 +59,9 @@ class DPPO:
         )  # fmt: skip
 
     @property
-    def preparing(self) -> bool:
-        """True while the value learns from the demonstrations."""
-        return self.ppo.value.grad_steps < self.config.value_updates
+    def offline_left(self) -> int:
+        """Updates of the value, from the demonstrations."""
+        return max(0, self.config.value_updates - self.ppo.value.grad_steps)
 
     @property
     def final(self) -> dict[str, DiffusionPolicy]:
@@ -82,7 +82,7 @@ class DPPO:
 
     def update(self) -> Metrics:
         """One step of the value on demonstrations, or one minibatch of a full rollout."""
-        return self._start_value() if self.preparing else self.ppo.update()
+        return self._start_value() if self.offline_left else self.ppo.update()
 
     def _start_value(self) -> Metrics:
         ppo, config = self.ppo, self.config

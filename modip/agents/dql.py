@@ -100,8 +100,8 @@ class DQL:
         )  # fmt: skip
 
     @property
-    def preparing(self) -> bool:
-        return self.critics.grad_steps < self.config.offline_updates
+    def offline_left(self) -> int:
+        return max(0, self.config.offline_updates - self.critics.grad_steps)
 
     @property
     def final(self) -> dict[str, DiffusionPolicy]:

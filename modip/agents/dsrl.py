@@ -125,7 +125,7 @@ class DSRL:
             num_updates=num_updates,
         )  # fmt: skip
 
-    preparing = False
+    offline_left = 0
 
     @property
     def final(self) -> dict[str, DiffusionPolicy]:

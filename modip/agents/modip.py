@@ -155,7 +155,7 @@ class Modip:
         self.imagined_chunk = torch.zeros(ring, *policy.shape, device=device)
         self.imagined = 0  # plans ever written to the ring
 
-    preparing = False  # what it needs was pre-trained by stages of their own
+    offline_left = 0  # what it needs was pre-trained by stages of their own
 
     def policy(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         policy = self.policy_learner.ema

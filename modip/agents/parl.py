@@ -132,9 +132,9 @@ class PARL:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     @property
-    def preparing(self) -> bool:
-        """True while the critics learn from the demonstrations alone."""
-        return self.critics.grad_steps < self.config.offline_updates
+    def offline_left(self) -> int:
+        """Updates of the critics, from the demonstrations alone."""
+        return max(0, self.config.offline_updates - self.critics.grad_steps)
 
     @property
     def final(self) -> dict[str, DiffusionPolicy]:

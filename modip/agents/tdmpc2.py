@@ -105,8 +105,8 @@ class TDMPC2:
         )  # fmt: skip
 
     @property
-    def preparing(self) -> bool:
-        return self.model.grad_steps < self.offline_updates
+    def offline_left(self) -> int:
+        return max(0, self.offline_updates - self.model.grad_steps)
 
     @property
     def final(self) -> dict[str, ChunkPolicy]:
@@ -143,7 +143,7 @@ class TDMPC2:
 
     def update(self) -> Metrics:
         """One step of the model with its Q functions, then of the prior."""
-        if self.updates_due < 1.0 or (not self.preparing and self.env_steps < self.seed_steps):
+        if self.updates_due < 1.0 or (not self.offline_left and self.env_steps < self.seed_steps):
             return {}
         self.updates_due -= 1.0
         window = self._batch()

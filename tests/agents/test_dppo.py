@@ -124,7 +124,7 @@ def test_the_value_starts_as_the_demonstrations_value() -> None:
     job = dppo_job(cell)
     agent: Any = job.agent
     start = snapshot(agent.ppo.policy.state_dict())
-    while agent.preparing:
+    while agent.offline_left:
         assert job.advance()
     assert job.env_steps == 0
     assert differences(start, agent.ppo.policy.state_dict()) == []

@@ -346,14 +346,14 @@ def test_it_prepares_without_an_environment_step() -> None:
     job: Any = dql_job(cell)
     agent = job.agent
     for done in range(9):
-        assert job.preparing
+        assert job.offline_left == 9 - done
         assert job.advance()
         assert (agent.critics.grad_steps, job.env_steps) == (done + 1, 0)
         assert agent.policy_learner.grad_steps == max(0, done + 1 - 2)  # warm-up
-    assert not job.preparing
+    assert not job.offline_left
     assert job.advance() == {}
     assert job.env_steps == 4
-    assert not job.preparing
+    assert not job.offline_left
 
 
 def test_demonstrations_stay_in_the_batches() -> None:

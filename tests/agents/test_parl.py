@@ -385,11 +385,11 @@ def test_the_critics_learn_before_the_first_step_and_the_policy_does_not(variant
     agent = job.agent
     start = snapshot(agent.policy_learner.state_dict())
     for done in range(5):
-        assert agent.preparing
+        assert agent.offline_left
         assert job.env_steps == 0
         assert job.advance()
         assert agent.critics.grad_steps == done + 1
-    assert not agent.preparing
+    assert not agent.offline_left
     assert differences(start, agent.policy_learner.state_dict()) == []
     assert job.advance() == {}
     assert job.env_steps > 0

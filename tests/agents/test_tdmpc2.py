@@ -406,14 +406,14 @@ def test_random_actions_first_online_alone_and_offline_updates_with_demonstratio
     agent = job.agent
     start = snapshot(agent.model.state_dict())
     if form == "demonstrations":
-        assert agent.preparing
+        assert agent.offline_left
         for _ in range(4):
-            assert agent.preparing
+            assert agent.offline_left
             assert job.advance()
             assert job.env_steps == 0
-        assert not agent.preparing
+        assert not agent.offline_left
     else:
-        assert not agent.preparing
+        assert not agent.offline_left
         while job.env_steps < 12:
             assert job.advance() == {}
             assert torch.equal(agent.mean, torch.zeros(2, 3, 2))
