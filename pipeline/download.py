@@ -132,18 +132,16 @@ class _Megabytes:
     def __init__(self, title: str) -> None:
         self._title = title
         self._bar: stage.Bar | None = None
-        self._done = 0
 
     def __call__(self, size: int, total: int | None) -> None:
         done = math.ceil(size / MEGABYTE)
-        if self._bar is not None and done < self._done:
+        if self._bar is not None and done < self._bar.done:
             self.__exit__(None, None, None)
         if self._bar is None:
             whole = None if total is None else math.ceil(total / MEGABYTE)
             self._bar = stage.Bar(self._title, whole, "MB", done=done).__enter__()
-        elif done > self._done:
-            self._bar.advance(done - self._done)
-        self._done = done
+        elif done > self._bar.done:
+            self._bar.advance(done - self._bar.done)
 
     def __enter__(self) -> Self:
         return self

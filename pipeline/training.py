@@ -169,7 +169,7 @@ def run(
             bars.close()
             if job.offline_left:
                 made, goal = job.grad_steps, job.grad_steps + job.offline_left
-                bar = stage.Bar(f"{task.agent}: offline", goal, "updates", done=made)
+                bar = stage.Bar(f"{title} (offline first)", goal, "updates", done=made)
             else:
                 bar = stage.Bar(title, total, unit, done=done())
             return bars.enter_context(bar)

@@ -64,6 +64,6 @@ def test_offline_updates_are_done_before_an_agent_is_judged(
     assert [steps for steps, _ in seen] == [0, 4, 8]
     assert seen[0][1] == 3
     assert [line.split(",")[0] for line in caplog.messages] == [
-        "bc: offline 3/3 updates",
+        "t (offline first) 3/3 updates",
         "t 8/8 steps",
     ]
